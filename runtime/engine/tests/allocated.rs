@@ -1,7 +1,8 @@
-//! Holds the estimator to what training allocates: an allocator counts, and the highest count of two steps is compared with the parts
-//! that are allocated. What the allocator keeps besides, and mapped files, are no part of this.
+//! Holds the estimator to what training allocates, and reports on rows to how little: an allocator counts. The highest count of two steps
+//! is compared with the parts that are allocated. What the allocator keeps besides, and mapped files, are no part of this.
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::io::{BufWriter, Write};
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,7 +11,8 @@ use anyhow::Result;
 use homeroom_abi::plan::{AdaptedModule, Init, ModuleKind, ParamSpec, Plan, Recipes};
 use homeroom_abi::recipe::{Node, Op, Recipe};
 use homeroom_engine::adapt::adaptation::Adaptation;
-use homeroom_engine::data::{Example, Unit};
+use homeroom_engine::data::report::{Files, Survey};
+use homeroom_engine::data::{Example, Reading, Source, Unit};
 use homeroom_engine::estimate::{Request, Sketch, estimate};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::batch::{Batch, pass_rows};
@@ -166,5 +168,43 @@ fn what_is_allocated_was_estimated() -> Result<()> {
         }
     }
     assert!(problems.is_empty(), "{problems:#?}");
+    Ok(())
+}
+
+/// The highest count of bytes while so many rows, no two of them alike, are gone through for a report.
+fn reported(rows: usize) -> Result<usize> {
+    let file = tempfile::NamedTempFile::new()?;
+    let mut lines = BufWriter::new(file.as_file());
+    // Letters: many digits may be a telephone number.
+    let word = |number: usize| -> String {
+        format!("{number:o}").bytes().map(|digit| char::from(digit - b'0' + b'a')).collect()
+    };
+    for row in 0..rows {
+        let [a, b, c, row] = [7, 11, 13, 1].map(|factor| word(row * factor % rows));
+        writeln!(lines, "{{\"prompt\": \"{a} {b} {c} {row}\", \"completion\": \"{c} {b} {a}\"}}")?;
+    }
+    lines.flush()?;
+    let (files, reading) = ([Source::file(file.path())], Reading::default());
+    let survey =
+        Survey { encoder: None, context: usize::MAX, hold_out: None, shown: 0, named: usize::MAX, check: &|| Ok(()) };
+    let before = NOW.load(Ordering::Relaxed);
+    MOST.store(before, Ordering::Relaxed);
+    let (report, _) = survey.run(&Files::new(&files, &[], &reading))?;
+    assert_eq!((report.rows, report.findings.len()), (rows, 0), "{:?}", report.findings.first());
+    Ok(MOST.load(Ordering::Relaxed) - before)
+}
+
+/// A row's line and part, and while copies are looked for a band with its row and whether it is to be compared; half of that again, as
+/// lists grow. Hashes are spilled.
+const ROW_BYTES: usize = 24;
+
+#[test]
+fn a_report_keeps_few_bytes_of_a_row() -> Result<()> {
+    let _alone = MEASURING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    // Both are many enough that hashes are spilled, and fill lists that double alike.
+    let (some, twice) = (1 << 18, 1 << 19);
+    let (less, more) = (reported(some)?, reported(twice)?);
+    println!("{some} rows: {less} bytes, {twice}: {more}");
+    assert!(more.saturating_sub(less) <= ROW_BYTES * (twice - some), "{less} bytes, of twice as many rows {more}");
     Ok(())
 }

@@ -377,7 +377,7 @@ pub trait OfLine {
 
 impl OfLine for Example {
     fn line(&self) -> usize {
-        self.line
+        self.line()
     }
 
     fn examples(&self) -> &[Example] {
@@ -391,7 +391,7 @@ impl OfLine for Example {
 
 impl OfLine for Group {
     fn line(&self) -> usize {
-        self.sequences.first().map_or(0, |example| example.line)
+        self.sequences.first().map_or(0, OfLine::line)
     }
 
     fn examples(&self) -> &[Example] {
@@ -410,10 +410,11 @@ impl<T: OfLine> Dataset<T> {
     /// # Errors
     /// As [`order::split`], which counts lines here.
     pub fn split(&self, eval_fraction: f64, seed: u64) -> Result<(Vec<usize>, Vec<usize>)> {
-        let mut lines: Vec<usize> = self.examples.iter().map(OfLine::line).collect();
-        lines.dedup();
-        let (_, eval) = order::split(lines.len(), eval_fraction, seed)?;
-        let eval: Vec<usize> = eval.into_iter().map(|i| lines[i]).collect();
+        let lines = || self.examples.chunk_by(|a, b| a.line() == b.line()).map(|of_line| of_line[0].line());
+        let held = order::held_out(lines().count(), eval_fraction, seed)?;
+        let mut held = held.into_iter().peekable();
+        let eval: Vec<usize> =
+            lines().enumerate().filter(|(i, _)| held.next_if_eq(i).is_some()).map(|(_, line)| line).collect();
         let is_train = |&i: &usize| eval.binary_search(&self.examples[i].line()).is_err();
         Ok((0..self.examples.len()).partition(is_train))
     }

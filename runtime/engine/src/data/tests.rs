@@ -78,7 +78,7 @@ fn a_conversation_learns_the_assistants_turns() {
     let data = load(format!("\n{row}\n"), Some(&chatml())).unwrap();
     assert_eq!(data.format, RowFormat::Messages);
     assert_eq!(data.examples.len(), 1);
-    assert_eq!(data.examples[0].line, 2);
+    assert_eq!(data.examples[0].line(), 2);
     assert_eq!(texts(&data.examples[0]), (HI.into(), "yo<|im_end|>\n".into()));
 }
 
@@ -424,7 +424,7 @@ fn lines_are_listed_only_so_far() {
 #[test]
 fn byte_order_mark_blank_lines_and_crlf_are_tolerated() {
     let data = load("\u{feff}{\"text\": \"a\"}\r\n  \r\n{\"text\": \"b\"}", None).unwrap();
-    let lines: Vec<usize> = data.examples.iter().map(|e| e.line).collect();
+    let lines: Vec<usize> = data.examples.iter().map(OfLine::line).collect();
     assert_eq!(lines, [1, 3]);
     // sha256sum of the same rows, a line each.
     let plain = load("{\"text\": \"a\"}\n{\"text\": \"b\"}\n", None).unwrap();
@@ -623,7 +623,7 @@ fn examples_of_one_line_are_not_parted_by_a_split() {
     assert_eq!(texts(&data.examples[1]), ("c|d".into(), "d".into()));
     let (train, eval) = data.split(0.4, 3).unwrap();
     assert_eq!((train.len(), eval.len()), (6, 4));
-    let line = |i: &usize| data.examples[*i].line;
+    let line = |i: &usize| data.examples[*i].line();
     assert!(train.iter().all(|t| eval.iter().all(|e| line(t) != line(e))));
 }
 
@@ -668,10 +668,11 @@ fn judged_rows_become_the_sequences_that_trl_makes_of_them() {
             assert_eq!(group.label, row["label"].as_bool());
             let sequences = row["sequences"].as_array().unwrap();
             assert_eq!(group.sequences.len(), sequences.len());
-            for ((example, prompt), sequence) in group.sequences.iter().zip(&group.prompts).zip(sequences) {
-                assert_eq!((example.ids.to_vec(), *prompt), tokenised(sequence), "{case}, row {i}");
-                assert!(example.trained.iter().enumerate().all(|(t, trained)| *trained == (t >= *prompt)));
-                assert_eq!(example.line, i + 1);
+            for (example, sequence) in group.sequences.iter().zip(sequences) {
+                let prompt = example.prompt();
+                assert_eq!((example.ids.to_vec(), prompt), tokenised(sequence), "{case}, row {i}");
+                assert!(example.trained.iter().enumerate().all(|(t, trained)| *trained == (t >= prompt)));
+                assert_eq!(example.line(), i + 1);
             }
         }
     }
@@ -897,7 +898,7 @@ fn rows_are_the_same_whether_their_tokens_are_spilled_or_not() {
     };
     let (here, spilled, both) = (load(usize::MAX), load(0), load(20_000));
     assert_eq!(here.examples.len(), 1300);
-    assert!(here.examples.iter().map(|example| example.line).eq(1..=1300), "in the order of the file");
+    assert!(here.examples.iter().map(OfLine::line).eq(1..=1300), "in the order of the file");
     for other in [spilled, both] {
         assert_eq!(here.examples, other.examples);
         assert_eq!((&here.digest, here.truncated, here.endless), (&other.digest, other.truncated, other.endless));

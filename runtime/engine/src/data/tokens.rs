@@ -19,7 +19,8 @@ pub struct Tokens<T: Stored>(Place<T>);
 
 #[derive(Clone)]
 enum Place<T> {
-    Here(Box<[T]>),
+    /// Behind two pointers: of the many rows of a large file those in memory are few, and all of them are as small as this allows.
+    Here(Box<Box<[T]>>),
     Spilled {
         /// The file.
         file: Arc<Spilled>,
@@ -116,13 +117,13 @@ impl<T: Stored> DerefMut for Tokens<T> {
 
 impl<T: Stored> From<Vec<T>> for Tokens<T> {
     fn from(values: Vec<T>) -> Self {
-        Self(Place::Here(values.into()))
+        Self(Place::Here(Box::new(values.into())))
     }
 }
 
 impl<T: Stored> FromIterator<T> for Tokens<T> {
     fn from_iter<I: IntoIterator<Item = T>>(values: I) -> Self {
-        Self(Place::Here(values.into_iter().collect()))
+        Self(Place::Here(Box::new(values.into_iter().collect())))
     }
 }
 

@@ -455,7 +455,7 @@ struct Steps<'a> {
 #[derive(Default)]
 struct Order {
     epoch: Option<u64>,
-    units: Vec<usize>,
+    units: Vec<u32>,
 }
 
 impl<'a> Steps<'a> {
@@ -473,7 +473,7 @@ impl<'a> Steps<'a> {
             order.units = epoch_order(count, self.config.seed, epoch, self.config.shuffle);
         }
         let units = &order.units[place * per_step..count.min((place + 1) * per_step)];
-        units.iter().map(|unit| self.data.units[*unit].clone()).collect()
+        units.iter().map(|unit| self.data.units[*unit as usize].clone()).collect()
     }
 
     /// The passes of a step.

@@ -154,8 +154,8 @@ fn measure(reference: &ModelRef, files: &[Source], arguments: &Arguments, lines:
     let text = |ids: &[u32]| model.tokenizer.decode(ids, true).map(|text| text.trim().to_owned());
     let mut rows: BTreeMap<usize, Row> = BTreeMap::new();
     for (example, nats) in examples.iter().zip(each) {
-        let row = rows.entry(example.line).or_default();
-        row.place = data.place(example.line);
+        let row = rows.entry(example.line()).or_default();
+        row.place = data.place(example.line());
         row.nats += nats;
         row.tokens += example.trained.iter().filter(|trained| **trained).count();
         if let Some((start, end)) = answer(example).filter(|_| row.expected.is_empty()) {
@@ -165,7 +165,7 @@ fn measure(reference: &ModelRef, files: &[Source], arguments: &Arguments, lines:
     let asked: Vec<&Example> = match lines {
         Some(lines) => {
             let of_line = |line: &usize| {
-                examples.iter().find(|example| example.line == *line && answer(example).is_some()).copied()
+                examples.iter().find(|example| example.line() == *line && answer(example).is_some()).copied()
             };
             lines.iter().filter_map(of_line).collect()
         }
@@ -174,8 +174,8 @@ fn measure(reference: &ModelRef, files: &[Source], arguments: &Arguments, lines:
                 examples.iter().filter(|example| answer(example).is_some()).copied().collect();
             // One of each question: an answer to the same again shows nothing.
             let mut seen = HashSet::new();
-            with_question.dedup_by_key(|example| example.line);
-            with_question.retain(|example| rows.get(&example.line).is_none_or(|row| seen.insert(&row.question)));
+            with_question.dedup_by_key(|example| example.line());
+            with_question.retain(|example| rows.get(&example.line()).is_none_or(|row| seen.insert(&row.question)));
             let count = arguments.samples.min(with_question.len());
             // Spread over the file.
             (0..count).map(|number| with_question[number * with_question.len() / count]).collect()
@@ -199,7 +199,7 @@ fn ask(loaded: Loaded, examples: &[&Example], max_tokens: usize) -> Result<Vec<(
     let sampling = Sampling { max_tokens, temperature: 0.0, ..Sampling::default() };
     let asked = examples.iter().map(|example| {
         let (start, _) = answer(example).context("only such with an answer are asked")?;
-        Ok((example.line, answerer.ask(&example.ids[..start], sampling)?))
+        Ok((example.line(), answerer.ask(&example.ids[..start], sampling)?))
     });
     let told = |(line, tokens): (usize, Tokens)| {
         let ids = tokens.collect::<Result<Vec<u32>>>()?;

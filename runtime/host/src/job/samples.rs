@@ -81,8 +81,9 @@ impl<'a> Samples<'a> {
     pub fn pick(held_out: &[&'a Group]) -> Self {
         // Answers that were rated bad are none to expect.
         let prompt = |group: &&'a Group| {
-            let start = *group.prompts.first().filter(|start| **start > 1 && group.label != Some(false))?;
-            Some((group.sequences.first()?, start))
+            let example = group.sequences.first()?;
+            let start = Some(example.prompt()).filter(|start| *start > 1 && group.label != Some(false))?;
+            Some((example, start))
         };
         // The same question again shows nothing.
         let mut seen = HashSet::new();

@@ -4,14 +4,11 @@
 //! Massive Datasets, section 3.4). Two rows of Jaccard similarity s share one with probability 1 - (1 - s^4)^12: 0.998 at 0.8, 0.10 at
 //! 0.3. What shares one is compared exactly when the rows are read a second time.
 
-use std::collections::{BTreeSet, HashMap};
-use std::sync::Arc;
-
-use anyhow::Result;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::Part;
+use super::records::Finished;
 use super::said::{STEP, mix};
-use crate::files::{Spill, Spilled};
 
 /// Rows are nearly alike from here on: the share of their runs of five words that both have.
 const SIMILAR: f64 = 0.8;
@@ -61,95 +58,36 @@ const fn functions() -> [(u64, u64); BANDS * ROWS_OF_BAND] {
     functions
 }
 
-/// The bands of rows, with the number of each. Those of many rows are spilled.
-#[derive(Default)]
-pub(super) struct BandList {
-    here: Vec<(u32, Bands)>,
-    spill: Spill,
-    /// Rows that are spilled.
-    spilled: usize,
-}
+/// The bands of a row, behind its number.
+pub(super) type Banded = [u32; 1 + BANDS];
 
-/// Rows whose bands stay in memory.
-const HELD_ROWS: usize = 1 << 17;
-/// Words of a row there.
-const WORDS: usize = BANDS + 1;
-/// Rows that are read at once.
-const ROWS_READ: usize = 1 << 14;
-
-impl BandList {
-    /// Adds a row behind those before.
-    pub fn push(&mut self, row: u32, bands: Bands) -> Result<()> {
-        self.push_beyond(HELD_ROWS, row, bands)
-    }
-
-    fn push_beyond(&mut self, held: usize, row: u32, bands: Bands) -> Result<()> {
-        if self.here.len() < held {
-            self.here.push((row, bands));
-            return Ok(());
-        }
-        let mut bytes = [0; 4 * WORDS];
-        for (bytes, word) in bytes.chunks_exact_mut(4).zip(std::iter::once(row).chain(bands)) {
-            bytes.copy_from_slice(&word.to_ne_bytes());
-        }
-        self.spilled += 1;
-        self.spill.append(&bytes).map(drop)
-    }
-
-    /// All of them, to be read.
-    pub fn finish(self) -> Result<Finished> {
-        let Self { here, spill, spilled } = self;
-        let file = spill.spilled().clone();
-        spill.finish()?;
-        Ok(Finished { here, file, spilled })
-    }
-}
-
-/// The bands of all rows.
-pub(super) struct Finished {
-    here: Vec<(u32, Bands)>,
-    file: Arc<Spilled>,
-    spilled: usize,
-}
-
-impl Finished {
-    fn len(&self) -> usize {
-        self.here.len() + self.spilled
-    }
-
-    /// Calls `each` with one band of every row, and the row.
-    fn band(&self, band: usize, mut each: impl FnMut(u32, u32)) {
-        self.here.iter().for_each(|(row, bands)| each(bands[band], *row));
-        for from in (0..self.spilled).step_by(ROWS_READ) {
-            let to = self.spilled.min(from + ROWS_READ);
-            let bytes = self.file.bytes((from * 4 * WORDS) as u64..(to * 4 * WORDS) as u64);
-            for row in bytes.chunks_exact(4 * WORDS) {
-                let word = |at: usize| {
-                    let bytes = row[4 * at..][..4].try_into().expect("a word has four bytes");
-                    u32::from_ne_bytes(bytes)
-                };
-                each(word(1 + band), word(0));
-            }
-        }
-    }
+/// The bands of the row with this number.
+pub(super) fn banded(row: u32, bands: &Bands) -> Banded {
+    let mut banded = [row; 1 + BANDS];
+    banded[1..].copy_from_slice(bands);
+    banded
 }
 
 /// Pairs of rows that may be alike, the later row first.
 #[derive(Debug, Default)]
 pub(super) struct Candidates {
     pairs: Vec<(u32, u32)>,
-    /// Rows of which there were more.
+    /// Rows of which there were more, and of which none was alike so far.
     cut: BTreeSet<u32>,
 }
 
-/// Finds the pairs to compare. `rows`: the number of each row with its bands, ascending.
-/// `is_asked`: whether a row is compared at all.
-pub(super) fn candidates(rows: &Finished, is_asked: impl Fn(u32) -> bool, part: impl Fn(u32) -> Part) -> Candidates {
+/// Finds the pairs to compare. `rows`: those with bands, ascending. `is_asked`: whether a row is compared at all.
+pub(super) fn candidates(
+    rows: &Finished<{ 1 + BANDS }>,
+    is_asked: impl Fn(u32) -> bool,
+    part: impl Fn(u32) -> Part,
+) -> Candidates {
     let mut found = Candidates::default();
     let mut order: Vec<(u32, u32)> = Vec::with_capacity(rows.len());
     for band in 0..BANDS {
         order.clear();
-        rows.band(band, |value, row| {
+        rows.each(|banded| {
+            let (row, value) = (banded[0], banded[1 + band]);
             if is_asked(row) {
                 order.push((value, row));
             }
@@ -186,12 +124,48 @@ pub(super) fn candidates(rows: &Finished, is_asked: impl Fn(u32) -> bool, part: 
     found
 }
 
-/// Two rows that are nearly alike.
+/// A row that is nearly like another.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Alike {
     pub row: u32,
-    pub earlier: u32,
+    /// Of the rows that it is nearly like the one that is most so; of several the first.
+    pub other: u32,
+    /// The share of runs that both have.
     pub similarity: f64,
+}
+
+/// Rows that are nearly alike, each with the one that is most like it.
+#[derive(Debug, Default)]
+pub(super) struct Nearest {
+    /// Each beside an earlier row of its part, ascending.
+    in_part: Vec<Alike>,
+    /// Held-out rows, each beside one that is trained.
+    leaks: BTreeMap<u32, Alike>,
+}
+
+impl Nearest {
+    /// Takes two rows. Calls come in the order of the later row.
+    fn take(&mut self, row: u32, earlier: u32, similarity: f64, part: impl Fn(u32) -> Part) {
+        // Of both parts it is the held-out one that should not be there.
+        let (row, other, leaks) = match (part(row), part(earlier)) {
+            (Part::Train, Part::HeldOut) => (earlier, row, true),
+            (of_row, of_earlier) => (row, earlier, of_row != of_earlier),
+        };
+        let alike = Alike { row, other, similarity };
+        let best = match self.in_part.last_mut().filter(|last| last.row == row) {
+            _ if leaks => self.leaks.entry(row).or_insert(alike),
+            Some(last) => last,
+            None => return self.in_part.push(alike),
+        };
+        if similarity > best.similarity {
+            *best = alike;
+        }
+    }
+
+    /// Those beside a row of their part, and held-out ones beside one that is trained, each ascending.
+    pub fn into_lists(self) -> [Vec<Alike>; 2] {
+        [self.in_part, self.leaks.into_values().collect()]
+    }
 }
 
 /// Compares candidates while their rows are read again, in order.
@@ -204,7 +178,7 @@ pub(super) struct Comparison {
     ends: Vec<(u32, u32)>,
     ended: usize,
     waiting_bytes: usize,
-    pub alike: Vec<Alike>,
+    pub alike: Nearest,
     /// Pairs that were not compared, for want of memory.
     pub uncompared: usize,
 }
@@ -224,7 +198,7 @@ impl Comparison {
         keep_last(&mut last_use);
         let mut ends: Vec<(u32, u32)> = last_use.iter().map(|(row, last)| (*last, *row)).collect();
         ends.sort_unstable();
-        let (waiting, alike) = (HashMap::new(), Vec::new());
+        let (waiting, alike) = (HashMap::new(), Nearest::default());
         Self { candidates, last_use, waiting, ends, ended: 0, waiting_bytes: 0, alike, uncompared: 0 }
     }
 
@@ -243,7 +217,7 @@ impl Comparison {
     }
 
     /// The next row that [`Comparison::needs`], with its runs.
-    pub fn row(&mut self, row: u32, grams: Vec<u64>) {
+    pub fn row(&mut self, row: u32, grams: Vec<u64>, part: impl Fn(u32) -> Part) {
         let pairs = &self.candidates.pairs;
         let from = pairs.partition_point(|pair| pair.0 < row);
         for (_, earlier) in pairs[from..].iter().take_while(|pair| pair.0 == row) {
@@ -251,7 +225,8 @@ impl Comparison {
                 Some(others) => {
                     let similarity = jaccard(&grams, others);
                     if similarity >= SIMILAR {
-                        self.alike.push(Alike { row, earlier: *earlier, similarity });
+                        self.alike.take(row, *earlier, similarity, &part);
+                        self.candidates.cut.remove(&row);
                     }
                 }
                 None => self.uncompared += 1,
@@ -272,8 +247,7 @@ impl Comparison {
 
     /// Whether pairs were left out of rows that are like none of those with which they were compared.
     pub fn is_cut(&self) -> bool {
-        let alike: BTreeSet<u32> = self.alike.iter().map(|alike| alike.row).collect();
-        self.uncompared > 0 || self.candidates.cut.iter().any(|row| !alike.contains(row))
+        self.uncompared > 0 || !self.candidates.cut.is_empty()
     }
 }
 
@@ -309,6 +283,7 @@ fn jaccard(a: &[u64], b: &[u64]) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::records::Records;
     use super::*;
 
     /// Sets of 50 of which `common` are shared.
@@ -345,9 +320,9 @@ mod tests {
             })
             .collect();
         let candidates = |held: usize| {
-            let mut list = BandList::default();
+            let mut list = Records::default();
             for (set, row) in sets.iter().zip(0..) {
-                list.push_beyond(held, row, bands(set).unwrap()).unwrap();
+                list.push_beyond(held, banded(row, &bands(set).unwrap())).unwrap();
             }
             candidates(&list.finish().unwrap(), |_| true, |_| Part::Train)
         };
@@ -356,16 +331,42 @@ mod tests {
         let mut comparison = Comparison::new(candidates(113));
         for (row, set) in sets.iter().enumerate() {
             if comparison.needs(row as u32) {
-                comparison.row(row as u32, set.clone());
+                comparison.row(row as u32, set.clone(), |_| Part::Train);
             }
         }
         let expected: Vec<(u32, u32)> = (0..300)
             .flat_map(|row: u32| (0..row).map(move |earlier| (row, earlier)))
             .filter(|(row, earlier)| jaccard(&sets[*row as usize], &sets[*earlier as usize]) >= SIMILAR)
             .collect();
-        let found: Vec<(u32, u32)> = comparison.alike.iter().map(|alike| (alike.row, alike.earlier)).collect();
-        assert_eq!(found, expected);
-        assert_eq!(expected.len(), 100);
         assert!(comparison.waiting.is_empty() && comparison.waiting_bytes == 0 && !comparison.is_cut());
+        let [found, leaks] = comparison.alike.into_lists();
+        let found: Vec<(u32, u32)> = found.iter().map(|alike| (alike.row, alike.other)).collect();
+        assert_eq!(found, expected);
+        assert!(expected.len() == 100 && leaks.is_empty());
+    }
+
+    #[test]
+    fn a_row_is_told_beside_the_one_that_is_most_like_it() {
+        let part = |row| if [2, 5].contains(&row) { Part::HeldOut } else { Part::Train };
+        let mut nearest = Nearest::default();
+        // By the later row, as they are compared: of equal ones the first stays, and of both parts the held-out one is told.
+        for (row, earlier, similarity) in [
+            (1, 0, 0.8),
+            (3, 0, 0.85),
+            (3, 1, 0.9),
+            (3, 2, 0.8),
+            (4, 2, 0.9),
+            (5, 0, 0.8),
+            (5, 2, 0.95),
+            (6, 3, 0.9),
+            (6, 4, 0.9),
+            (6, 2, 0.9),
+        ] {
+            nearest.take(row, earlier, similarity, part);
+        }
+        let alike = |(row, other, similarity)| Alike { row, other, similarity };
+        let [in_part, leaks] = nearest.into_lists();
+        assert_eq!(in_part, [(1, 0, 0.8), (3, 1, 0.9), (5, 2, 0.95), (6, 3, 0.9)].map(alike));
+        assert_eq!(leaks, [(2, 4, 0.9), (5, 0, 0.8)].map(alike));
     }
 }

@@ -1,13 +1,16 @@
 //! What rows are like before anything is learned from them: how long they are, what stands twice, what stands on both sides of a split,
 //! what teaches nothing, and what is likely personal.
 //!
-//! Rows are read once; a second time where some may be nearly alike, to compare these exactly. Of a row are kept about a hundred
-//! bytes: three hashes of 64 bits, twelve of 32 bits, its line, and its share of the pairs to compare. Its text is not.
+//! Rows are read once; a second time where some may be nearly alike, to compare these exactly. Of a row are kept three hashes of 64 bits
+//! and twelve of 32 bits, spilled to files where rows are many, and in memory its line and its share of the pairs to compare. Its text
+//! is not.
 
 mod alike;
 mod checks;
+mod kept;
 mod lengths;
 pub mod personal;
+mod records;
 mod said;
 mod source;
 mod words;
@@ -19,9 +22,11 @@ use anyhow::Result;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use self::alike::{Alike, BandList, Bands, Comparison, bands, candidates};
+use self::alike::{Alike, Banded, Bands, Comparison, Nearest, banded, bands, candidates};
+use self::kept::{AllHashes, HashList, Kept};
 use self::lengths::Lengths;
 pub use self::lengths::{Bin, Summary};
+use self::records::Records;
 use self::said::Said;
 pub use self::source::{Each, Files, Places, Reread};
 use super::encode::{Encoder, OnLongRow};
@@ -187,17 +192,6 @@ pub struct Survey<'a> {
     pub check: &'a dyn Fn() -> Result<()>,
 }
 
-/// What is kept of a row.
-struct Kept {
-    whole: u64,
-    asked: u64,
-    answered: u64,
-    line: u32,
-    /// Its number among all rows of the source, those that are refused as well.
-    number: u32,
-    part: Part,
-}
-
 /// What a row is as tokens.
 enum Encoded {
     None,
@@ -283,28 +277,27 @@ impl Survey<'_> {
     }
 
     fn finish(&self, mut first: FirstReading, source: &dyn Reread) -> Result<(Report, Vec<Shown>)> {
-        if let Some((share, seed)) = self.hold_out.filter(|_| first.kept.len() > 1) {
-            for row in order::split(first.kept.len(), share, seed)?.1 {
-                first.kept[row].part = Part::HeldOut;
-            }
-            first.shown.iter_mut().for_each(|(row, shown)| shown.place.part = first.kept[*row].part);
-        }
         let mut report = first.report();
-        let FirstReading { kept, bands, shown, mut findings, .. } = first;
-        let unique = exact(&kept, &mut findings);
-        asked(&kept, &mut findings);
-        let part = |row: u32| kept[row as usize].part;
-        let mut comparison = Comparison::new(candidates(&bands.finish()?, |row| unique[row as usize], part));
+        let FirstReading { mut kept, hashes, bands, mut shown, mut findings, .. } = first;
+        if let Some((share, seed)) = self.hold_out.filter(|_| kept.len() > 1) {
+            order::held_out(kept.len(), share, seed)?.into_iter().for_each(|row| kept.hold_out(row));
+            shown.iter_mut().for_each(|(row, shown)| shown.place.part = kept.part(*row));
+        }
+        let hashes = hashes.finish()?;
+        let unique = exact(&kept, &hashes, &mut findings);
+        asked(&kept, &hashes, &mut findings);
+        drop(hashes);
+        let candidates = candidates(&bands.finish()?, |row| unique[row as usize], |row| kept.part(row));
+        let mut comparison = Comparison::new(candidates);
         drop(unique);
         if !comparison.is_empty() {
             self.compare(&kept, source, &mut comparison)?;
         }
-        near(&kept, &comparison.alike, &mut findings);
         report.comparison_cut = comparison.is_cut();
-        let count = |part: Part| kept.iter().filter(|row| row.part == part).count();
+        near(&kept, comparison.alike, &mut findings);
         // Rows that are refused or left out count where they stand.
-        report.rows += count(Part::Train);
-        report.held_out += count(Part::HeldOut);
+        report.rows += kept.count(Part::Train);
+        report.held_out += kept.count(Part::HeldOut);
         report.findings = findings.into_list();
         report.places = source.places();
         for row in report.findings.iter_mut().flat_map(|finding| &mut finding.rows) {
@@ -315,25 +308,21 @@ impl Survey<'_> {
     }
 
     /// Reads the rows again, and compares those that may be alike.
-    fn compare(&self, kept: &[Kept], source: &dyn Reread, comparison: &mut Comparison) -> Result<()> {
+    fn compare(&self, kept: &Kept, source: &dyn Reread, comparison: &mut Comparison) -> Result<()> {
         let needed: Vec<bool> = (0..kept.len()).map(|row| comparison.needs(row as u32)).collect();
-        let (mut row, mut number, mut bytes) = (0, 0, 0);
+        let (mut number, mut bytes) = (kept.numbers(), 0);
         let mut batch: Vec<(u32, Row)> = Vec::new();
         let mut flush = |batch: &mut Vec<(u32, Row)>| {
             let grams: Vec<(u32, Vec<u64>)> =
                 std::mem::take(batch).into_par_iter().map(|(row, content)| (row, Said::grams_of(&content))).collect();
-            grams.into_iter().for_each(|(row, grams)| comparison.row(row, grams));
+            grams.into_iter().for_each(|(row, grams)| comparison.row(row, grams, |row| kept.part(row)));
         };
         source.each(&mut |_, _, content| {
-            if kept.get(row).is_some_and(|kept| kept.number == number) {
-                // A row of a file that was changed meanwhile may be refused by now.
-                if let (true, Ok(content)) = (needed[row], content) {
-                    bytes += said::bytes(&content);
-                    batch.push((row as u32, content));
-                }
-                row += 1;
+            // A row of a file that was changed meanwhile may be refused by now.
+            if let (Some(row), Ok(content)) = (number().filter(|row| needed[*row]), content) {
+                bytes += said::bytes(&content);
+                batch.push((row as u32, content));
             }
-            number += 1;
             if batch.len() >= BATCH_ROWS || bytes >= BATCH_BYTES {
                 (self.check)()?;
                 bytes = 0;
@@ -373,9 +362,10 @@ fn encoded(encoder: Option<Encoder<'_>>, line: usize, row: &Row) -> Encoded {
 
 /// What the first reading gathers.
 struct FirstReading {
-    kept: Vec<Kept>,
-    bands: BandList,
-    shown: Vec<(usize, Shown)>,
+    kept: Kept,
+    hashes: HashList,
+    bands: Records<{ size_of::<Banded>() / size_of::<u32>() }>,
+    shown: Vec<(u32, Shown)>,
     findings: Findings,
     refused: [usize; 2],
     skipped: [usize; 2],
@@ -388,18 +378,14 @@ struct FirstReading {
     words: Lengths,
     trained_tokens: usize,
     encodes: bool,
-    /// Rows so far.
-    number: u32,
-    /// Rows of conversations without a system message; they count if others have one.
-    without_system: Vec<Place>,
-    without_system_count: usize,
 }
 
 impl FirstReading {
     fn new(named: usize) -> Self {
         Self {
-            kept: Vec::new(),
-            bands: BandList::default(),
+            kept: Kept::default(),
+            hashes: HashList::default(),
+            bands: Records::default(),
             shown: Vec::new(),
             findings: Findings { found: BTreeMap::new(), named },
             refused: [0; 2],
@@ -413,9 +399,6 @@ impl FirstReading {
             words: Lengths::default(),
             trained_tokens: 0,
             encodes: false,
-            number: 0,
-            without_system: Vec::new(),
-            without_system_count: 0,
         }
     }
 
@@ -434,7 +417,6 @@ impl FirstReading {
             })
             .collect();
         for (place, row) in seen {
-            self.number += 1;
             match row {
                 Ok((_, _, _, Encoded::Refused(problem))) | Err(problem) => self.refuse(place, &problem),
                 Ok((form, said, bands, encoded)) => self.keep(survey, place, form, &said, bands, encoded)?,
@@ -444,6 +426,7 @@ impl FirstReading {
     }
 
     fn refuse(&mut self, place: Place, problem: &Problem) {
+        self.kept.leave_out();
         self.refused[place.part as usize] += 1;
         let detail = Some(problem.to_string());
         self.findings.add(checks::of_problem(problem), || Instance { detail, ..Instance::at(place) });
@@ -461,10 +444,11 @@ impl FirstReading {
         if let Encoded::Row { groups, tokens } = encoded {
             let on_long = survey.encoder.map_or(OnLongRow::Refuse, |encoder| encoder.on_long_row);
             if !self.fits(survey, place, &groups, &tokens, on_long) {
+                self.kept.leave_out();
                 return Ok(());
             }
             if self.shown.len() < survey.shown {
-                self.shown.push((self.kept.len(), Shown { place, groups }));
+                self.shown.push((self.kept.len() as u32, Shown { place, groups }));
             }
         }
         *self.forms.entry(form).or_default() += 1;
@@ -472,12 +456,6 @@ impl FirstReading {
         self.several_turns += usize::from(said.answers > 1);
         self.with_tools += usize::from(said.has_tools);
         self.words.add(said.words);
-        if !said.has_system {
-            self.without_system_count += 1;
-            if self.without_system.len() < survey.named {
-                self.without_system.push(place);
-            }
-        }
         for (check, holds) in [
             ("empty_turns", said.empty_turns > 0),
             ("answer_repeats_prompt", said.echoes),
@@ -491,17 +469,9 @@ impl FirstReading {
             self.findings.at(kind, place);
         }
         let row = self.kept.len() as u32;
-        bands.map(|bands| self.bands.push(row, bands)).transpose()?;
-        let Said { whole, asked, answered, .. } = *said;
-        self.kept.push(Kept {
-            whole,
-            asked,
-            answered,
-            line: place.line as u32,
-            number: self.number - 1,
-            part: place.part,
-        });
-        Ok(())
+        bands.map(|bands| self.bands.push(banded(row, &bands))).transpose()?;
+        self.kept.push(place, said.has_system);
+        self.hashes.push(said)
     }
 
     /// Counts the tokens of a row; false: it is refused, or left out as too long.
@@ -514,9 +484,9 @@ impl FirstReading {
         on_long: OnLongRow,
     ) -> bool {
         for group in groups {
-            for (example, prompt) in group.sequences.iter().zip(&group.prompts) {
+            for example in &group.sequences {
                 self.tokens.add(example.ids.len());
-                self.prompt_tokens.add(*prompt);
+                self.prompt_tokens.add(example.prompt());
                 self.trained_tokens += example.trained.iter().filter(|trained| **trained).count();
             }
         }
@@ -561,10 +531,10 @@ impl FirstReading {
 
     fn report(&mut self) -> Report {
         // Without it alike everywhere, it is as it should be.
-        if self.with_system > 0 && self.without_system_count > 0 {
-            let rows = self.without_system.iter();
-            let rows = rows.map(|place| Instance::at(*place));
-            let tally = Tally { count: self.without_system_count, rows: rows.collect() };
+        let without_system = self.kept.len() - self.with_system;
+        if self.with_system > 0 && without_system > 0 {
+            let rows = self.kept.without_system().take(self.findings.named).map(Instance::at);
+            let tally = Tally { count: without_system, rows: rows.collect() };
             self.findings.found.insert("n_missing_system", tally);
         }
         Report {
@@ -597,97 +567,74 @@ fn form(row: &Row) -> &'static str {
     }
 }
 
-impl Kept {
-    fn place(&self) -> Place {
-        Place { part: self.part, line: self.line as usize }
-    }
-}
-
 /// Finds rows that say the same, and marks those that say what none before them says.
-fn exact(kept: &[Kept], findings: &mut Findings) -> Vec<bool> {
-    let mut order: Vec<u32> = (0..kept.len() as u32).collect();
-    order.sort_unstable_by_key(|row| (kept[*row as usize].whole, *row));
+fn exact(kept: &Kept, hashes: &AllHashes, findings: &mut Findings) -> Vec<bool> {
     let mut unique = vec![true; kept.len()];
     let mut found: Vec<(u32, u32)> = Vec::new();
-    for group in
-        order.chunk_by(|a, b| kept[*a as usize].whole == kept[*b as usize].whole).filter(|group| group.len() > 1)
-    {
-        let trained = group.iter().copied().find(|row| kept[*row as usize].part == Part::Train);
-        let mut first = [trained, None];
-        for row in group {
-            let part = kept[*row as usize].part;
-            match (first[part as usize], part, trained) {
-                (_, Part::HeldOut, Some(trained)) => found.push((*row, trained)),
-                (Some(earlier), ..) if earlier != *row => found.push((*row, earlier)),
-                (Some(_), ..) => continue,
-                (None, ..) => {
-                    first[part as usize] = Some(*row);
-                    continue;
+    hashes.shared(
+        |hashes| Some(hashes.whole),
+        |group| {
+            let trained = group.iter().map(|at| at.row).find(|row| kept.part(*row) == Part::Train);
+            let mut first = [trained, None];
+            for row in group.iter().map(|at| at.row) {
+                let part = kept.part(row);
+                match (first[part as usize], part, trained) {
+                    (_, Part::HeldOut, Some(trained)) => found.push((row, trained)),
+                    (Some(earlier), ..) if earlier != row => found.push((row, earlier)),
+                    (Some(_), ..) => continue,
+                    (None, ..) => {
+                        first[part as usize] = Some(row);
+                        continue;
+                    }
                 }
+                unique[row as usize] = false;
             }
-            unique[*row as usize] = false;
-        }
-    }
-    found.sort_unstable();
-    for (row, earlier) in found {
-        let (row, earlier) = (&kept[row as usize], &kept[earlier as usize]);
-        let check = if row.part == earlier.part { "duplicates" } else { "leaks" };
-        findings.pair(check, row.place(), earlier.place(), None);
-    }
+        },
+    );
+    tell_pairs(kept, found, ["duplicates", "leaks"], findings);
     unique
 }
 
 /// Finds rows that ask the same and answer otherwise.
-fn asked(kept: &[Kept], findings: &mut Findings) {
-    let mut order: Vec<u32> = (0..kept.len() as u32).filter(|row| kept[*row as usize].asked != 0).collect();
-    order.sort_unstable_by_key(|row| (kept[*row as usize].asked, *row));
+fn asked(kept: &Kept, hashes: &AllHashes, findings: &mut Findings) {
     let mut found: Vec<(u32, u32)> = Vec::new();
-    for group in
-        order.chunk_by(|a, b| kept[*a as usize].asked == kept[*b as usize].asked).filter(|group| group.len() > 1)
-    {
-        let row = |row: &u32| &kept[*row as usize];
-        let trained: Vec<u32> = group.iter().copied().filter(|at| row(at).part == Part::Train).collect();
-        let Some(first) = trained.first() else {
-            // All are held out: the others are compared with the first.
-            let differs = |at: &&u32| row(at).answered != row(&group[0]).answered;
-            found.extend(group.iter().filter(differs).map(|at| (*at, group[0])));
-            continue;
-        };
-        let differs = |at: &&u32| row(at).answered != row(first).answered;
-        found.extend(trained.iter().filter(differs).map(|at| (*at, *first)));
-        // One that answers as any row to train on does is a leak already.
-        let mut answers: Vec<u64> = trained.iter().map(|at| row(at).answered).collect();
-        answers.sort_unstable();
-        let held = group.iter().filter(|at| row(at).part == Part::HeldOut);
-        let held = held.filter(|at| answers.binary_search(&row(at).answered).is_err());
-        found.extend(held.map(|at| (*at, *first)));
-    }
+    hashes.shared(
+        |hashes| Some(hashes.asked).filter(|asked| *asked != 0),
+        |group| {
+            let of_part = |part: Part| group.iter().filter(move |at| kept.part(at.row) == part);
+            let Some(first) = of_part(Part::Train).next() else {
+                // All are held out: the others are compared with the first.
+                let differ = group.iter().filter(|at| at.answered != group[0].answered);
+                found.extend(differ.map(|at| (at.row, group[0].row)));
+                return;
+            };
+            let differ = of_part(Part::Train).filter(|at| at.answered != first.answered);
+            found.extend(differ.map(|at| (at.row, first.row)));
+            // One that answers as any row to train on does is a leak already.
+            let mut answers: Vec<u64> = of_part(Part::Train).map(|at| at.answered).collect();
+            answers.sort_unstable();
+            let held = of_part(Part::HeldOut).filter(|at| answers.binary_search(&at.answered).is_err());
+            found.extend(held.map(|at| (at.row, first.row)));
+        },
+    );
+    tell_pairs(kept, found, ["conflicts", "leaked_prompts"], findings);
+}
+
+/// Tells of rows, each beside an earlier one, by the check for two rows of one part or that for rows of both.
+fn tell_pairs(kept: &Kept, mut found: Vec<(u32, u32)>, [in_one, across]: [&'static str; 2], findings: &mut Findings) {
     found.sort_unstable();
     for (row, earlier) in found {
-        let (row, earlier) = (&kept[row as usize], &kept[earlier as usize]);
-        let check = if row.part == earlier.part { "conflicts" } else { "leaked_prompts" };
-        findings.pair(check, row.place(), earlier.place(), None);
+        let check = if kept.part(row) == kept.part(earlier) { in_one } else { across };
+        findings.pair(check, kept.place(row), kept.place(earlier), None);
     }
 }
 
 /// Tells of rows that are nearly alike: each once, beside the one that is most like it.
-fn near(kept: &[Kept], alike: &[Alike], findings: &mut Findings) {
-    let mut best: BTreeMap<(u32, bool), (u32, f64)> = BTreeMap::new();
-    for Alike { row, earlier, similarity } in alike {
-        let leaks = kept[*row as usize].part != kept[*earlier as usize].part;
-        // It is the held-out one that should not be there.
-        let (row, other) = match leaks && kept[*row as usize].part == Part::Train {
-            true => (*earlier, *row),
-            false => (*row, *earlier),
-        };
-        let best = best.entry((row, leaks)).or_insert((other, *similarity));
-        if *similarity > best.1 {
-            *best = (other, *similarity);
+fn near(kept: &Kept, alike: Nearest, findings: &mut Findings) {
+    for (check, rows) in ["near_duplicates", "near_leaks"].into_iter().zip(alike.into_lists()) {
+        for Alike { row, other, similarity } in rows {
+            let similarity = Some((1e3 * similarity).round() / 1e3);
+            findings.pair(check, kept.place(row), kept.place(other), similarity);
         }
-    }
-    for ((row, leaks), (other, similarity)) in best {
-        let check = if leaks { "near_leaks" } else { "near_duplicates" };
-        let similarity = Some((1e3 * similarity).round() / 1e3);
-        findings.pair(check, kept[row as usize].place(), kept[other as usize].place(), similarity);
     }
 }

@@ -103,15 +103,15 @@ pub fn mismatched(groups: &[&Group], per_step: usize, longest: usize) -> Vec<Exa
 
 /// The prompt of one group and the answer of another.
 fn spliced(asked: &Group, answered: &Group, longest: usize) -> Example {
-    let (prompt, from) = (asked.prompts[0], answered.prompts[0]);
     let (asked, answered) = (&asked.sequences[0], &answered.sequences[0]);
+    let (prompt, from) = (asked.prompt(), answered.prompt());
     let mut ids = [&asked.ids[..prompt], &answered.ids[from..]].concat();
     let mut trained = [&asked.trained[..prompt], &answered.trained[from..]].concat();
     // A prompt that fills what the model can read keeps its own answer's first token.
     let longest = longest.max(prompt + 1);
     ids.truncate(longest);
     trained.truncate(longest);
-    Example::new(ids, trained, asked.line)
+    Example::new(ids, trained, asked.line())
 }
 
 #[cfg(test)]

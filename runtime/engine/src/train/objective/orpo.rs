@@ -30,15 +30,18 @@ impl Orpo {
     /// For groups whose prompts [`Orpo::learn_prompts`] has made targets.
     pub fn new<'s>(beta: f64, groups: impl IntoIterator<Item = &'s Group>) -> Self {
         let counts = |group: &Group| {
-            let targets = group.sequences[0].trained.iter().filter(|trained| **trained).count();
-            (targets, group.prompts[0].saturating_sub(1))
+            let chosen = &group.sequences[0];
+            let targets = chosen.trained.iter().filter(|trained| **trained).count();
+            (targets, chosen.prompt().saturating_sub(1))
         };
         Self { beta, chosen: groups.into_iter().map(counts).collect() }
     }
 
     /// Makes the prompt of the chosen conversation a target, but for its first token, which nothing predicts.
     pub fn learn_prompts(group: &mut Group) {
-        group.sequences[0].trained[..group.prompts[0]].iter_mut().skip(1).for_each(|trained| *trained = true);
+        let chosen = &mut group.sequences[0];
+        let prompt = chosen.prompt();
+        chosen.trained[..prompt].iter_mut().skip(1).for_each(|trained| *trained = true);
     }
 
     fn of(&self, unit: u32) -> Result<(usize, usize)> {

@@ -42,18 +42,20 @@ struct Needs {
 }
 
 /// Says what the training would do.
-pub(super) fn run(prepared: &Prepared<'_>, model: &BaseModel, rows: &Rows) -> Result<Done> {
+pub(super) fn run(prepared: &Prepared<'_>, model: &BaseModel, rows: Rows) -> Result<Done> {
     let Prepared { arguments, objective, output_dir, plugin, options, sources, .. } = prepared;
     let plugin = plugin.as_ref().context("a dry run goes on with no earlier one")?;
     let plan = plugin.plan(&PlanRequest { options: options.clone(), model: model.info() })?;
     let config = config(arguments, plan.defaults.learning_rate, Some(rows.train.len()));
     let steps = planned_steps(rows.train.len(), &config)?;
     // Of the other objectives passes over a reference come on top.
-    let needs = match objective.objective {
-        Kind::Sft => Some(needs(prepared, plugin, model, &rows.train(), &config, steps)?),
-        _ => None,
-    };
-    let held_lines = rows.held_lines();
+    let sizes = (objective.objective == Kind::Sft).then(|| Sizes::of(&rows.train(), model, &config));
+    let (examples, held_out, held_lines) = (rows.train.len(), rows.eval().len(), rows.held_lines());
+    let of_file = |(name, words)| format!("data      {name}   {words}\n");
+    let recognised: String = rows.data.recognised().into_iter().map(of_file).collect();
+    // What follows takes memory of its own, and the report reads them anew.
+    drop(rows);
+    let needs = sizes.map(|sizes| needs(prepared, plugin, model, sizes, steps)).transpose()?;
     let source = Rows::source(arguments, sources, &held_lines);
     let encoder = encoder(model, arguments.rows.max_seq_len, arguments.rows.on_long_row)?;
     let survey = Survey {
@@ -75,8 +77,8 @@ pub(super) fn run(prepared: &Prepared<'_>, model: &BaseModel, rows: &Rows) -> Re
             "model": shown(model, &arguments.model_name),
             "strategy": arguments.strategy,
             "output_dir": output_dir.to_string_lossy(),
-            "examples": rows.train.len(),
-            "held_out": rows.eval().len(),
+            "examples": examples,
+            "held_out": held_out,
             "steps": steps,
             "seconds_per_step": needs.as_ref().map(|needs| needs.seconds_per_step),
             "seconds": needs.as_ref().map(|needs| needs.seconds),
@@ -99,11 +101,11 @@ pub(super) fn run(prepared: &Prepared<'_>, model: &BaseModel, rows: &Rows) -> Re
     if objective.objective != Kind::Sft {
         out += &format!("objective {}\n", objective.words());
     }
-    let held_out = match rows.eval().len() {
+    let held_out = match held_out {
         0 => String::new(),
         held_out => format!(", {} held out", thousands(held_out)),
     };
-    out += &format!("examples  {}{held_out}\n{}\n", thousands(rows.train.len()), training_words(steps, &config));
+    out += &format!("examples  {}{held_out}\n{}\n", thousands(examples), training_words(steps, &config));
     if let Some(needs) = &needs {
         let fits = match available {
             Some(available) if needs.peak_memory_bytes > available => {
@@ -126,9 +128,7 @@ pub(super) fn run(prepared: &Prepared<'_>, model: &BaseModel, rows: &Rows) -> Re
             size(needs.peak_memory_bytes),
         );
     }
-    for (name, words) in rows.data.recognised() {
-        out += &format!("data      {name}   {words}\n");
-    }
+    out += &recognised;
     out += &format!("saves     {}\n", output_dir.display());
     out += &data_report::whole(&report);
     let rows = rows_as_text(&first, Look::of_stdout());
@@ -137,19 +137,28 @@ pub(super) fn run(prepared: &Prepared<'_>, model: &BaseModel, rows: &Rows) -> Re
     Ok(Done::Whole)
 }
 
-fn needs(
-    prepared: &Prepared<'_>,
-    plugin: &Plugin,
-    model: &BaseModel,
-    rows: &[&Group],
-    config: &TrainConfig,
-    steps: u64,
-) -> Result<Needs> {
+/// What is asked of rows to say what they take.
+struct Sizes {
+    /// Tokens of a row, on average.
+    mean: usize,
+    /// What it takes to learn them, if all were as long as the longest.
+    request: Request,
+    /// The memory of the process while it has them.
+    before: Before,
+}
+
+impl Sizes {
+    fn of(rows: &[&Group], model: &BaseModel, config: &TrainConfig) -> Self {
+        let lengths = rows.iter().flat_map(|group| &group.sequences).map(|sequence| sequence.ids.len());
+        let mean = (lengths.sum::<usize>() as f64 / rows.len().max(1) as f64).round() as usize;
+        let before = Before::now(model);
+        Self { mean, request: fit::request(rows, config, before.program_bytes()), before }
+    }
+}
+
+fn needs(prepared: &Prepared<'_>, plugin: &Plugin, model: &BaseModel, rows: Sizes, steps: u64) -> Result<Needs> {
     let Prepared { arguments, options, .. } = prepared;
-    let lengths = || rows.iter().flat_map(|group| &group.sequences).map(|sequence| sequence.ids.len());
-    let mean = (lengths().sum::<usize>() as f64 / rows.len().max(1) as f64).round() as usize;
-    let before = Before::now(model);
-    let request = fit::request(rows, config, before.program_bytes());
+    let Sizes { mean, request, before } = rows;
     let sketch = Sketch::of_model(model);
     let requantize = arguments.passes.requantize;
     let estimator = Estimator::new(plugin, options, &sketch, requantize)?;

@@ -283,7 +283,7 @@ impl Prepared<'_> {
         }
         let rows = Rows::load(arguments, &self.sources, &model)?;
         if arguments.dry_run {
-            return dry::run(&self, &model, &rows);
+            return dry::run(&self, &model, rows);
         }
         let planned = self.planned(&model, &rows)?;
         let mut settings = unfinished::settings(arguments)?;

@@ -63,7 +63,7 @@ pub fn render(row: &Shown, report: &Report, tokenizer: &Tokenizer, limit: Option
 fn sequence(role: Option<&'static str>, example: &Example, tokenizer: &Tokenizer, limit: Option<usize>) -> Sequence {
     let tokens = example.ids.len();
     let kept = tokens.min(limit.unwrap_or(tokens));
-    let shown = Example::new(example.ids[..kept].to_vec(), example.trained[..kept].to_vec(), example.line);
+    let shown = Example::new(example.ids[..kept].to_vec(), example.trained[..kept].to_vec(), example.line());
     Sequence {
         role,
         tokens,

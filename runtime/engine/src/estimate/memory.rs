@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use homeroom_abi::plan::{ModuleInfo, ParamSpec, Plan};
-use homeroom_kernels::{Codec, bf16, isa, threads};
+use homeroom_kernels::{Codec, bf16, isa};
 
 use super::sketch::Outline;
 use super::time::{Operation, StoredAs, Work};
@@ -422,12 +422,7 @@ impl<'a> Outlook<'a> {
         let passes = self.passes(&sequences, largest * targets, blocks, recompute);
         let trainable = self.trainable();
         let gradients = FLOAT * trainable;
-        // Each thread sums the squares of a copy.
-        let mut values: Vec<usize> =
-            (0..self.params.len()).filter(|p| self.params[*p].1).map(|p| FLOAT * self.values(p)).collect();
-        values.sort_unstable();
-        let squares: usize = values.iter().rev().take(threads()).sum();
-        let moving = passes.ledger.most().max(gradients + squares) - gradients;
+        let moving = passes.ledger.most().max(gradients) - gradients;
         // Gradients of passes wait for each other, two neighbours being added to one, see `Reduce`.
         let waiting = passes_per_step.ilog2() as usize;
         let kept = if keeps(trainable, sketch.parameter_count()) { FLOAT * trainable } else { 0 };

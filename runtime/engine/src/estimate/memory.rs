@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use homeroom_abi::plan::{ModuleInfo, ParamSpec, Plan};
-use homeroom_kernels::{Codec, bf16, isa, threads};
+use homeroom_kernels::{Codec, bf16, isa};
 
 use super::sketch::Outline;
 use super::time::{Operation, StoredAs, Work};
@@ -14,7 +14,9 @@ use crate::run::batch::{packed_parts, pass_rows_of};
 use crate::run::compute::Compute;
 use crate::run::cpu::low_rank::low_rank;
 use crate::run::cpu::size::{HeadSize, Held, LayerSize, Pools, SiteSize, padded, scratch_bytes};
-use crate::run::plain::tape::{Grads, Id, Ledger, Tape, TapedModule, TapedPlan, TapedRows, head as plain_head};
+use crate::run::plain::tape::{
+    Grads, Id, Ledger, Products, Tape, TapedModule, TapedPlan, TapedRows, head as plain_head,
+};
 use crate::train::optimizer::keeps;
 
 /// Most rows of a batch that are gone through one by one; a batch of more fits nowhere.
@@ -69,8 +71,8 @@ struct Passed {
     fused: usize,
     /// Bytes that are in use when the head is reached.
     at_top: usize,
-    /// Multiply-adds of products that candle takes.
-    plain_products: f64,
+    /// Products of plain blocks.
+    plain_products: Products,
 }
 
 impl<'a> Outlook<'a> {
@@ -202,7 +204,7 @@ impl<'a> Outlook<'a> {
             logits: 0,
             fused: 0,
             at_top: 0,
-            plain_products: 0.0,
+            plain_products: Products::default(),
         };
         self.pass(&mut passes, sequences, n, blocks, recompute);
         passes
@@ -240,9 +242,9 @@ impl<'a> Outlook<'a> {
 
         // Up.
         let mut kept = Vec::new();
-        let mut plain_up = |ledger: &mut Ledger, index: usize, kept: &mut Vec<Keeps>| {
+        let plain_up = |ledger: &mut Ledger, index: usize, kept: &mut Vec<Keeps>, products: &mut Products| {
             let (block, output) = tape(ledger, index, !recompute && index > lowest);
-            *plain_products += block.products * if recompute && index >= lowest { 4.0 / 3.0 } else { 1.0 };
+            products.add(&block.products, recompute);
             match output {
                 Some(output) if index >= lowest && !recompute => kept.push(Keeps::Tape(block, output)),
                 _ => {
@@ -262,7 +264,7 @@ impl<'a> Outlook<'a> {
                 Stream::Buffer(pools.wide(c))
             }
             false => {
-                plain_up(ledger, 0, &mut kept);
+                plain_up(ledger, 0, &mut kept, plain_products);
                 Stream::Tensor
             }
         };
@@ -274,7 +276,7 @@ impl<'a> Outlook<'a> {
                     pools.give([x]);
                     ledger.take(tensor);
                 }
-                plain_up(ledger, index, &mut kept);
+                plain_up(ledger, index, &mut kept, plain_products);
                 ledger.give(tensor);
                 h = Stream::Tensor;
                 continue;
@@ -316,7 +318,7 @@ impl<'a> Outlook<'a> {
                 let modules = (self.sketch.index(FINAL_NORM), self.sketch.index(HEAD));
                 if let (Some(norm), Some(head)) = modules {
                     let modules = (self.taped(norm), self.taped(head));
-                    *plain_products += plain_head(ledger, &taped_rows, modules, n, gradients);
+                    plain_products.add(&plain_head(ledger, &taped_rows, modules, n, gradients), false);
                 }
                 // The gradient, and the stream that it is of.
                 ledger.take(tensor);
@@ -343,6 +345,7 @@ impl<'a> Outlook<'a> {
                     Keeps::Tape(block, output) => (block, Some(output), false),
                     Keeps::Input(has_input) => {
                         let (block, output) = tape(ledger, index, index > lowest);
+                        plain_products.add(&block.products, false);
                         (block, output, has_input)
                     }
                     _ => break,
@@ -422,12 +425,7 @@ impl<'a> Outlook<'a> {
         let passes = self.passes(&sequences, largest * targets, blocks, recompute);
         let trainable = self.trainable();
         let gradients = FLOAT * trainable;
-        // Each thread sums the squares of a copy.
-        let mut values: Vec<usize> =
-            (0..self.params.len()).filter(|p| self.params[*p].1).map(|p| FLOAT * self.values(p)).collect();
-        values.sort_unstable();
-        let squares: usize = values.iter().rev().take(threads()).sum();
-        let moving = passes.ledger.most().max(gradients + squares) - gradients;
+        let moving = passes.ledger.most().max(gradients) - gradients;
         // Gradients of passes wait for each other, two neighbours being added to one, see `Reduce`.
         let waiting = passes_per_step.ilog2() as usize;
         let kept = if keeps(trainable, sketch.parameter_count()) { FLOAT * trainable } else { 0 };
@@ -571,13 +569,16 @@ impl<'a> Outlook<'a> {
             }
             add(Operation::Loss { vocab: head.vocab, element }, times * n as f64);
         }
+        for (part, sizes) in &passes.plain_products.linear {
+            add(Operation::Linear { part: *part, sizes: *sizes }, times);
+        }
         // The optimizer reads and writes a parameter and its moments and reads its gradient, once more for the norm.
         let optimizer = FLOAT * 5 * self.trainable();
         Work {
             operations,
             bytes: times * passes.pools.traffic as f64 + optimizer as f64,
-            plain_bytes: times * passes.ledger.traffic as f64,
-            plain_products: times * passes.plain_products,
+            plain: (times, passes.ledger.traffic),
+            plain_products: times * (passes.plain_products.forward + passes.plain_products.backward),
         }
     }
 

@@ -13,6 +13,8 @@ use homeroom_kernels::{
 };
 
 use super::sketch::Stored;
+use crate::run::plain::linear::Part;
+use crate::run::plain::tape::Traffic;
 
 /// What a step computes: operations with how often each is done, and bytes that are written and read besides.
 #[derive(Clone, Debug, Default)]
@@ -20,8 +22,8 @@ pub struct Work {
     pub(super) operations: Vec<(Operation, f64)>,
     /// Bytes that are written, and read again, by all threads.
     pub(super) bytes: f64,
-    /// Bytes that candle's operations write, one thread each.
-    pub(super) plain_bytes: f64,
+    /// Passes, and what candle's operations write in each.
+    pub(super) plain: (f64, Traffic),
     /// Multiply-adds of candle's products.
     pub(super) plain_products: f64,
 }
@@ -56,6 +58,8 @@ pub(super) enum Operation {
     },
     /// The loss over a row of logits.
     Loss { vocab: usize, element: usize },
+    /// A product of plain blocks with a weight that is trained, of (n, rows, cols).
+    Linear { part: Part, sizes: (usize, usize, usize) },
 }
 
 /// How a weight is stored, for what reading it costs.
@@ -80,6 +84,8 @@ impl StoredAs {
 const COLUMNS: usize = 512;
 /// The least time that is measured, in seconds.
 const MOMENT: f64 = 0.015;
+/// Bytes of a small tensor that is measured.
+const SMALL: usize = 2 << 20;
 /// Rows of the loss that are measured.
 const LOSS_ROWS: usize = 32;
 
@@ -108,9 +114,18 @@ impl Measured {
         if work.plain_products > 0.0 {
             total += work.plain_products / self.other("products", plain_products)?;
         }
-        if work.plain_bytes > 0.0 {
-            total += work.plain_bytes / self.other("plain bytes", plain_bytes)?;
+        let (passes, Traffic { tensors, small, large }) = work.plain;
+        let mut plain = 0.0;
+        if tensors > 0 {
+            plain += tensors as f64 / self.other("plain operations", plain_operations)?;
         }
+        if small > 0 {
+            plain += small as f64 / self.other("small tensors", || plain_bytes(SMALL))?;
+        }
+        if large > 0 {
+            plain += large as f64 / self.other("large tensors", || plain_bytes(2 * Traffic::LARGE))?;
+        }
+        total += passes * plain;
         let bandwidth = self.other("bandwidth", || Ok(1e9 * read_gigabytes()))?;
         Ok(total + 2.0 * work.bytes / bandwidth)
     }
@@ -156,6 +171,7 @@ impl Operation {
             | Self::Outer { element, .. }
             | Self::Attention { element, .. }
             | Self::Loss { element, .. } => *element,
+            Self::Linear { .. } => size_of::<f32>(),
         }
     }
 
@@ -203,6 +219,18 @@ impl Operation {
                 timed(|| {
                     attention_backward(&shape, &qkv, &out, &sums, &d_out, (&positions, None), &mut partial, &mut d_qkv);
                 })
+            }
+            Self::Linear { part, sizes: (n, rows, cols) } => {
+                // A head has more rows than need be measured.
+                let kept = rows.min(COLUMNS * threads());
+                let (x, y, w) = (some::<f32>(n * cols), some::<f32>(n * kept), some::<f32>(kept * cols));
+                let (a, b, len) = match part {
+                    Part::Forward => (&x, &w, n * kept),
+                    Part::Input => (&y, &w, n * cols),
+                    Part::Weight => (&y, &x, kept * cols),
+                };
+                let mut out = vec![0f32; len];
+                rows as f64 / kept as f64 * timed(|| part.compute((n, kept, cols), a, b, &mut out))
             }
             Self::Loss { vocab, .. } => {
                 let mut logits = some::<E>(LOSS_ROWS * vocab);
@@ -286,16 +314,24 @@ fn plain_products() -> Result<f64> {
     failed.map_or(Ok(512f64.powi(3) / seconds), |error| Err(error.into()))
 }
 
-/// Bytes a second that candle's operations on elements write.
-fn plain_bytes() -> Result<f64> {
-    const VALUES: usize = 1 << 21;
-    let [a, b] = [0; 2].map(|_| Tensor::ones(VALUES, DType::F32, &Device::Cpu));
-    let (a, b) = (a?, b?);
+/// Bytes a second that candle's operations write to tensors of so many bytes, in the mixture of a backward: every gradient is added to
+/// zeros.
+fn plain_bytes(bytes: usize) -> Result<f64> {
+    let values = bytes / size_of::<f32>();
+    let a = Tensor::ones(values, DType::F32, &Device::Cpu)?;
     let mut failed = None;
-    let seconds = timed(|| {
-        if let Err(error) = &a + &b {
-            failed = Some(error);
-        }
-    });
-    failed.map_or(Ok((size_of::<f32>() * VALUES) as f64 / seconds), |error| Err(error.into()))
+    let run = || {
+        let zeros = a.zeros_like()?;
+        a.exp()?.add(&zeros)
+    };
+    let seconds = timed(|| failed = run().err());
+    failed.map_or(Ok(3.0 * bytes as f64 / seconds), |error| Err(error.into()))
+}
+
+/// How many of candle's operations a second are begun.
+fn plain_operations() -> Result<f64> {
+    let a = Tensor::ones(16, DType::F32, &Device::Cpu)?;
+    let mut failed = None;
+    let seconds = timed(|| failed = (&a + &a).err());
+    failed.map_or(Ok(1.0 / seconds), |error| Err(error.into()))
 }

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use anyhow::{Result, bail, ensure};
-use candle_core::{DType, Tensor};
+use candle_core::{CpuStorage, DType, Storage, Tensor};
 use rayon::prelude::*;
 
 use super::config::TrainConfig;
@@ -223,9 +223,16 @@ impl<'a> Run<'a> {
 
 /// Σ g², in f64.
 fn sum_of_squares(gradient: &Tensor) -> Result<f64> {
-    let gradient = gradient.flatten_all()?;
+    let gradient = gradient.flatten_all()?.contiguous()?;
     Ok(match gradient.dtype() {
-        DType::F32 => gradient.to_vec1::<f32>()?.iter().map(|g| f64::from(*g).powi(2)).sum(),
+        DType::F32 => {
+            let (storage, at) = gradient.storage_and_layout();
+            let (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) = (&*storage, at.contiguous_offsets())
+            else {
+                bail!("a gradient that is not contiguous")
+            };
+            values[start..end].iter().map(|g| f64::from(*g).powi(2)).sum()
+        }
         _ => gradient.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?,
     })
 }

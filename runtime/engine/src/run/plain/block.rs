@@ -159,8 +159,11 @@ impl Plain {
     }
 }
 
-/// Moves the gradients of parameters from candle's store.
+/// Moves the gradients of parameters from candle's store, and those that were put aside.
 fn collect(pass: &Pass<'_>, store: &mut GradStore, gradients: &mut Gradients) -> Result<()> {
+    for (index, gradient) in pass.aside.take() {
+        gradients.add(index, gradient)?;
+    }
     for (index, param) in pass.params.iter().enumerate().filter(|(_, param)| param.is_variable()) {
         if let Some(gradient) = store.remove(param) {
             gradients.add(index, gradient)?;

@@ -5,6 +5,7 @@ pub mod attention;
 pub(crate) mod block;
 pub mod decoder;
 pub mod frozen_linear;
+pub(crate) mod linear;
 mod noise;
 pub mod recipe;
 pub(crate) mod tape;

@@ -16,6 +16,7 @@ use crate::adapt::adaptation::{Adaptation, Adapted, fnv1a};
 use crate::models::{BaseModel, Module};
 use crate::run::batch::Batch;
 use crate::run::plain::frozen_linear::frozen_linear;
+use crate::run::plain::linear::{Aside, linear};
 
 /// What a module is applied to.
 #[derive(Clone)]
@@ -42,6 +43,8 @@ pub struct Pass<'a> {
     pub neftune_noise_alpha: f64,
     /// Whether the pages of mapped weights are given back after each block, so that a model takes no more memory than one of them.
     pub sparing: bool,
+    /// Gradients that a backward of plain blocks put aside.
+    pub(crate) aside: Aside,
 }
 
 impl<'a> Pass<'a> {
@@ -50,7 +53,8 @@ impl<'a> Pass<'a> {
         let params = adaptation.iter().flat_map(|adaptation| &adaptation.params);
         let params: Vec<Tensor> = params.map(|param| param.var.as_detached_tensor()).collect();
         let dtype = params.first().map_or(DType::F32, Tensor::dtype);
-        Self { model, adaptation, params, dtype, dropout: None, neftune_noise_alpha: 0.0, sparing: false }
+        let aside = Aside::default();
+        Self { model, adaptation, params, dtype, dropout: None, neftune_noise_alpha: 0.0, sparing: false, aside }
     }
 
     /// A pass of the training step `update` (from 0).
@@ -66,7 +70,8 @@ impl<'a> Pass<'a> {
             .collect();
         let dtype = params.first().map_or(DType::F32, Tensor::dtype);
         let dropout = Some((seed, update));
-        Self { model, adaptation: Some(adaptation), params, dtype, dropout, neftune_noise_alpha: 0.0, sparing: false }
+        let (adaptation, aside) = (Some(adaptation), Aside::default());
+        Self { model, adaptation, params, dtype, dropout, neftune_noise_alpha: 0.0, sparing: false, aside }
     }
 
     /// Gives the pages of a layer's mapped weights back, if this pass is sparing.
@@ -140,7 +145,7 @@ impl<'a> Pass<'a> {
         input: Option<(&Input, &Batch)>,
     ) -> Result<Tensor> {
         let mut run =
-            Run { pass: self, module: &self.model.modules[module], adapted, adaptation, input, values: vec![] };
+            Run { pass: self, module: &self.model.modules[module], recipe, adapted, adaptation, input, values: vec![] };
         for (id, node) in recipe.nodes.iter().enumerate() {
             let value = run.node(id, &node.op).with_context(|| {
                 let at = node.at.as_ref().map(|at| format!(" ({at})")).unwrap_or_default();
@@ -174,6 +179,7 @@ enum Value {
 struct Run<'a> {
     pass: &'a Pass<'a>,
     module: &'a Module,
+    recipe: &'a Recipe,
     adapted: &'a Adapted,
     adaptation: &'a Adaptation,
     input: Option<(&'a Input, &'a Batch)>,
@@ -224,7 +230,7 @@ impl Run<'_> {
             },
             Op::MatmulT(a, b) => match &self.values[*a] {
                 Value::Tokens(ids) => pick(&self.tensor(*b)?.t()?, ids)?,
-                Value::Tensor(x) => product(x, &self.tensor(*b)?.t()?)?,
+                Value::Tensor(x) => self.linear(x, *b)?,
             },
             Op::Add(a, b) => self.tensor(*a)?.broadcast_add(self.tensor(*b)?)?,
             Op::Sub(a, b) => self.tensor(*a)?.broadcast_sub(self.tensor(*b)?)?,
@@ -247,6 +253,19 @@ impl Run<'_> {
             Op::Silu(a) => candle_nn::ops::silu(self.tensor(*a)?)?,
         };
         Ok(Value::Tensor(result))
+    }
+
+    /// `x Wᵀ`, W being a node. In f64 by candle's own product.
+    fn linear(&self, x: &Tensor, id: NodeId) -> Result<Tensor> {
+        let w = self.tensor(id)?;
+        if w.dtype() != DType::F32 {
+            return product(x, &w.t()?);
+        }
+        let param = match &self.recipe.nodes[id].op {
+            Op::Param(name) if w.is_variable() => self.adapted.params.get(name),
+            _ => None,
+        };
+        Ok(linear(x, w, param.map(|param| (*param, &self.pass.aside)))?)
     }
 
     /// Multiplies by a mask drawn for (seed, node) at (step, example, position, channel), so that packing, accumulation and

@@ -8,6 +8,7 @@ use homeroom_abi::recipe::Op as Step;
 use homeroom_abi::shape::{Dim, Shape, infer};
 
 use super::block::LOGITS_CHUNK;
+use super::linear::Part;
 use crate::adapt::adaptation::Adapted;
 use crate::models::architecture::{Architecture, Gate, QkNorm};
 
@@ -16,15 +17,41 @@ use crate::models::architecture::{Architecture, Gate, QkNorm};
 pub(crate) struct Ledger {
     now: usize,
     most: usize,
-    /// Bytes of all that was ever taken.
-    pub traffic: usize,
+    /// All that was ever taken.
+    pub traffic: Traffic,
+}
+
+/// Tensors that operations write.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Traffic {
+    /// How many there are.
+    pub tensors: usize,
+    /// Bytes of those that fit into a cache, and are soon written over.
+    pub small: usize,
+    /// Bytes of the others, which lie in pages that the system has just made.
+    pub large: usize,
+}
+
+impl Traffic {
+    /// Bytes of a tensor that is large.
+    pub(crate) const LARGE: usize = 16 << 20;
+
+    fn add(&mut self, bytes: usize) {
+        *(if bytes < Self::LARGE { &mut self.small } else { &mut self.large }) += bytes;
+    }
 }
 
 impl Ledger {
     pub(crate) fn take(&mut self, bytes: usize) {
         self.now += bytes;
         self.most = self.now.max(self.most);
-        self.traffic += bytes;
+        self.traffic.tensors += 1;
+        self.traffic.add(bytes);
+    }
+
+    /// So many bytes are read for little that is written.
+    fn read(&mut self, bytes: usize) {
+        self.traffic.add(bytes);
     }
 
     pub(crate) fn give(&mut self, bytes: usize) {
@@ -35,6 +62,11 @@ impl Ledger {
     pub(crate) fn pass(&mut self, bytes: usize) {
         self.take(bytes);
         self.give(bytes);
+    }
+
+    /// So many bytes are in use besides for a moment, which are counted elsewhere.
+    pub(crate) fn beside(&mut self, bytes: usize) {
+        self.most = (self.now + bytes).max(self.most);
     }
 
     pub(crate) fn now(&self) -> usize {
@@ -82,6 +114,8 @@ enum Op {
     Pick(Id),
     /// A product with a frozen weight.
     Frozen(Id),
+    /// A product with a transposed weight, see [`super::linear`].
+    Linear(Id, Id),
 }
 
 /// A gradient in candle's store.
@@ -135,8 +169,29 @@ pub(crate) struct Tape {
     nodes: Vec<Node>,
     /// Bytes of all values that it holds.
     held: usize,
-    /// Multiply-adds of its products in floats.
-    pub products: f64,
+    /// Its products.
+    pub products: Products,
+}
+
+/// Products that blocks take.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Products {
+    /// Multiply-adds of candle's, and of those with frozen weights, forward.
+    pub forward: f64,
+    /// The same backward.
+    pub backward: f64,
+    /// Those of [`super::linear`] with their (n, rows, cols).
+    pub linear: Vec<(Part, (usize, usize, usize))>,
+}
+
+impl Products {
+    /// Adds those of a block, or of its forward alone.
+    pub(crate) fn add(&mut self, block: &Self, forward_alone: bool) {
+        self.forward += block.forward;
+        self.backward += if forward_alone { 0.0 } else { block.backward };
+        let counts = |part: &Part| !forward_alone || *part == Part::Forward;
+        self.linear.extend(block.linear.iter().filter(|(part, _)| counts(part)));
+    }
 }
 
 /// Gradients that there are of parameters.
@@ -193,6 +248,7 @@ impl Tape {
     }
 
     fn reduce(&mut self, ledger: &mut Ledger, a: Id, values: usize) -> Id {
+        ledger.read(FLOAT * self.values(a));
         self.push(ledger, values, true, &[a], Op::Reduce(a))
     }
 
@@ -221,8 +277,19 @@ impl Tape {
     fn matmul(&mut self, ledger: &mut Ledger, a: Id, b: Id, values: usize, depth: usize) -> Id {
         let tracked = self.nodes[a.0].tracked || self.nodes[b.0].tracked;
         // candle computes both gradients where either is asked for.
-        self.products += (values * depth) as f64 * if tracked { 3.0 } else { 1.0 };
+        self.products.forward += (values * depth) as f64;
+        self.products.backward += (values * depth) as f64 * if tracked { 2.0 } else { 0.0 };
         self.push(ledger, values, true, &[a, b], Op::Matmul(a, b))
+    }
+
+    /// `x Wᵀ`: x (n, cols) and W (rows, cols).
+    fn linear(&mut self, ledger: &mut Ledger, x: Id, w: Id, values: usize, cols: usize) -> Id {
+        let (n, rows) = (self.values(x) / cols.max(1), self.values(w) / cols.max(1));
+        let parts =
+            [(true, Part::Forward), (self.nodes[x.0].tracked, Part::Input), (self.nodes[w.0].tracked, Part::Weight)];
+        let taken = parts.into_iter().filter(|(is_taken, _)| *is_taken);
+        self.products.linear.extend(taken.map(|(_, part)| (part, (n, rows, cols))));
+        self.push(ledger, values, true, &[x, w], Op::Linear(x, w))
     }
 
     /// A module applied to rows, or to tokens.
@@ -262,14 +329,12 @@ impl Tape {
                     _ => None,
                 },
                 Step::MatmulT(a, b) => at(*b).map(|b| {
-                    let turned = self.view(ledger, b);
-                    match at(*a) {
-                        Some(x) => self.matmul(ledger, x, turned, values, depth(*a)),
-                        None => {
-                            let turned = self.copy(ledger, turned);
-                            self.push(ledger, values, true, &[turned], Op::Pick(turned))
-                        }
+                    if let Some(x) = at(*a) {
+                        return self.linear(ledger, x, b, values, depth(*a));
                     }
+                    let turned = self.view(ledger, b);
+                    let turned = self.copy(ledger, turned);
+                    self.push(ledger, values, true, &[turned], Op::Pick(turned))
                 }),
                 Step::Add(a, b) | Step::Sub(a, b) => {
                     at(*a).zip(at(*b)).map(|(a, b)| self.both(ledger, a, b, values, Op::Sum2))
@@ -306,7 +371,9 @@ impl Tape {
         let y = match (info.kind, x) {
             (ModuleKind::Linear, Some(x)) => {
                 let tracked = self.nodes[x.0].tracked;
-                self.products += (n * info.d_in * info.d_out) as f64 * if tracked { 2.0 } else { 1.0 };
+                let multiplied = (n * info.d_in * info.d_out) as f64;
+                self.products.forward += multiplied;
+                self.products.backward += if tracked { multiplied } else { 0.0 };
                 self.push(ledger, n * info.d_out, true, &[x], Op::Frozen(x))
             }
             (ModuleKind::Norm, Some(x)) => {
@@ -508,6 +575,8 @@ impl Tape {
                 logits = self.map(ledger, logits, copies);
             }
         }
+        // Once for the loss, and once for whether it is the target.
+        (0..2).for_each(|_| ledger.read(FLOAT * values));
         let most = self.push(ledger, n, true, &[logits], Op::Largest(logits));
         let shifted = self.both(ledger, logits, most, values, Op::Sum2);
         let powers = self.map(ledger, shifted, EXP);
@@ -527,6 +596,8 @@ impl Tape {
         let size = |id: Id| FLOAT * self.values(id);
         let tracked = |id: Id| self.nodes[id.0].tracked;
         let mut store: HashMap<usize, Gradient> = HashMap::new();
+        // Parameters whose gradients products put aside.
+        let mut aside = Vec::new();
         store.insert(from.0, Gradient { held: size(from), tracked: false });
         ledger.take(size(from));
         for index in (0..self.nodes.len()).rev() {
@@ -575,11 +646,36 @@ impl Tape {
                 Op::Largest(a) => add(ledger, *a, 2 * size(*a), true),
                 Op::Narrow(a) | Op::Frozen(a) | Op::Broadcast(a) => add(ledger, *a, size(*a), false),
                 Op::Pick(a) => add(ledger, *a, 0, false),
+                Op::Linear(x, w) => {
+                    // Both gradients are there before either is added, and dy is turned for that of W.
+                    let dx = if tracked(*x) { size(*x) } else { 0 };
+                    let param = self.nodes[w.0].param;
+                    if tracked(*w) {
+                        ledger.beside(size(*w) + dx + incoming);
+                    }
+                    if tracked(*x) {
+                        add(ledger, *x, dx, false);
+                    }
+                    match param {
+                        Some(param) => {
+                            ledger.take(size(*w));
+                            aside.push((param, size(*w)));
+                        }
+                        None if tracked(*w) => add(ledger, *w, size(*w), false),
+                        None => {}
+                    }
+                }
                 Op::Cat(parts) => parts.iter().for_each(|to| add(ledger, *to, 0, false)),
             }
             ledger.give(done);
         }
         // Moved or added to what there was of the same parameters; only the sum stays of each.
+        for (param, own) in aside {
+            if std::mem::replace(&mut grads[param], true) {
+                ledger.pass(own);
+                ledger.give(own);
+            }
+        }
         for (index, gradient) in store {
             let own = FLOAT * self.nodes[index].values;
             match self.nodes[index].param {
@@ -618,17 +714,17 @@ pub(crate) fn head(
     modules: (TapedModule<'_>, TapedModule<'_>),
     n: usize,
     grads: &mut Grads,
-) -> f64 {
+) -> Products {
     let c = rows.architecture.hidden_size;
     let chunk = (LOGITS_CHUNK / rows.architecture.vocab_size).max(16);
-    let mut products = 0.0;
+    let mut products = Products::default();
     for from in (0..n).step_by(chunk) {
         let count = chunk.min(n - from);
         let mut tape = Tape::default();
         ledger.take(FLOAT * count * c);
         let x = tape.input(ledger, count * c, true);
         let loss = tape.loss(ledger, rows, modules, x, count);
-        products += tape.products;
+        products.add(&tape.products, false);
         tape.backward(ledger, loss, grads);
         // The rows' gradients are kept, the rows are not.
         ledger.give(FLOAT * count * c);

@@ -8,7 +8,8 @@ use crate::product::{self, Columns, Finish, Left, Output, SharedGain};
 
 macro_rules! compiled {
     ($(fn $name:ident($($value:ident: $type:ty),*) = $generic:path;)*) => {
-        /// Functions that are generic elsewhere, as E's.
+        /// Functions that are generic elsewhere, as E's. What they are given is checked by the functions of the same names that this crate
+        /// offers, which alone call them.
         #[allow(missing_docs, clippy::too_many_arguments)]
         pub trait Compiled<E> {
             $(fn $name($($value: $type),*);)*

@@ -130,9 +130,9 @@ impl AllHashes {
         self.shared_in(self.0.len().div_ceil(SORTED_ROWS).clamp(1, PARTS), value, each);
     }
 
-    /// The same, sorted in so many parts: in memory are the values of one.
+    /// The same, sorted in so many parts: in memory are the values of one, and those of rows that share one are never apart.
     fn shared_in(&self, parts: usize, value: impl Fn(&Hashes) -> Option<u64>, mut each: impl FnMut(&[Valued])) {
-        // Parts are about alike.
+        // Parts are about alike, unless many rows share one value.
         let usual = self.0.len().div_ceil(parts);
         let mut order: Vec<Valued> = Vec::with_capacity(usual + usual / 8);
         for part in 0..parts {

@@ -6,7 +6,8 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp2, DType, Error, Layout, Result, Shape, Tensor};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp2, Error, Layout, Result, Shape, Tensor};
 use homeroom_kernels::{Columns, Finish, Left, Output, Right, Term, product};
 use rayon::prelude::*;
 
@@ -158,13 +159,13 @@ fn values<'a>((storage, at): (&'a CpuStorage, &Layout)) -> Result<&'a [f32]> {
     match (storage, at.contiguous_offsets()) {
         (CpuStorage::F32(values), Some((start, end))) => Ok(&values[start..end]),
         (CpuStorage::F32(_), None) => Err(Error::Msg("linear: a side is not contiguous".to_owned())),
-        _ => Err(Error::UnsupportedDTypeForOp(DType::F64, "linear").bt()),
+        _ => Err(Error::UnsupportedDTypeForOp(storage.dtype(), "linear").bt()),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var};
+    use candle_core::{DType, Device, Var};
 
     use super::*;
 

@@ -255,10 +255,10 @@ impl Run<'_> {
         Ok(Value::Tensor(result))
     }
 
-    /// `x Wᵀ`, W being a node. In f64 by candle's own product.
+    /// `x Wᵀ`, W being a node. By candle's own product in f64, and where W's rows do not lie beside each other: it reads them in place.
     fn linear(&self, x: &Tensor, id: NodeId) -> Result<Tensor> {
         let w = self.tensor(id)?;
-        if w.dtype() != DType::F32 {
+        if w.dtype() != DType::F32 || !w.is_contiguous() {
             return product(x, &w.t()?);
         }
         let param = match &self.recipe.nodes[id].op {

@@ -328,9 +328,21 @@ impl Tape {
                     (None, Some(b)) => Some(self.push(ledger, values, true, &[b], Op::Pick(b))),
                     _ => None,
                 },
-                Step::MatmulT(a, b) => at(*b).map(|b| {
-                    if let Some(x) = at(*a) {
-                        return self.linear(ledger, x, b, values, depth(*a));
+                Step::MatmulT(a, b_node) => at(*b_node).map(|b| {
+                    let is_apart = match &recipe.nodes[*b_node].op {
+                        Step::Transpose(_) => true,
+                        Step::Slice { of, dim, .. } => {
+                            *dim > 0 && at(*of).is_some_and(|of| self.values(of) != self.values(b))
+                        }
+                        _ => false,
+                    };
+                    match at(*a) {
+                        Some(x) if is_apart => {
+                            let turned = self.view(ledger, b);
+                            return self.matmul(ledger, x, turned, values, depth(*a));
+                        }
+                        Some(x) => return self.linear(ledger, x, b, values, depth(*a)),
+                        None => (),
                     }
                     let turned = self.view(ledger, b);
                     let turned = self.copy(ledger, turned);
@@ -652,16 +664,17 @@ impl Tape {
                     let param = self.nodes[w.0].param;
                     if tracked(*w) {
                         ledger.beside(size(*w) + dx + incoming);
+                        ledger.take(size(*w));
                     }
                     if tracked(*x) {
                         add(ledger, *x, dx, false);
                     }
                     match param {
-                        Some(param) => {
-                            ledger.take(size(*w));
-                            aside.push((param, size(*w)));
+                        Some(param) => aside.push((param, size(*w))),
+                        None if tracked(*w) => {
+                            add(ledger, *w, 0, false);
+                            done += size(*w);
                         }
-                        None if tracked(*w) => add(ledger, *w, size(*w), false),
                         None => {}
                     }
                 }

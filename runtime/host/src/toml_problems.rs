@@ -9,6 +9,13 @@ use homeroom_abi::describe::nearest;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+/// Problems that are shown; of the others only the number. One bracket too many in a long line may make thousands.
+const SHOWN_MOST: usize = 40;
+/// Characters of a line that are shown, where it is longer: those about the place.
+const WIDTH: usize = 160;
+/// Characters of them before the place.
+const BEFORE: usize = 60;
+
 /// Problems found in one file.
 pub struct Problems<'a> {
     path: PathBuf,
@@ -157,12 +164,15 @@ impl<'a> Problems<'a> {
         self.found.sort_by_key(|(span, _)| span.as_ref().map_or(usize::MAX, |span| span.start));
         let count = self.found.len();
         let mut report = format!("{}: {count} problem{}", self.path.display(), if count == 1 { "" } else { "s" });
-        for (span, message) in &self.found {
+        for (span, message) in self.found.iter().take(SHOWN_MOST) {
             let message = &if self.shown.is_some() { without_keys(message) } else { message.clone() };
             match span {
                 Some(span) => self.show(&mut report, span, message),
                 None => write!(report, "\n  {message}").expect("a string takes what is written"),
             }
+        }
+        if count > SHOWN_MOST {
+            write!(report, "\n  and {} more", count - SHOWN_MOST).expect("a string takes what is written");
         }
         bail!(report)
     }
@@ -174,18 +184,31 @@ impl<'a> Problems<'a> {
         let line = self.text[line_start..line_end].trim_end_matches('\r');
         let hidden_from = self.shown.map_or(line.len(), |shown| harmless(line, shown));
         let hide = |(at, c): (usize, char)| if at >= hidden_from && !c.is_whitespace() { '*' } else { c };
-        let shown: String = line.char_indices().map(hide).collect();
+        // Of a long line, what is about the place.
+        let column = self.text[line_start..start].chars().count();
+        let skipped = if line.chars().nth(WIDTH).is_some() { column.saturating_sub(BEFORE) } else { 0 };
+        let mut rest = line.char_indices().skip(skipped);
+        let mut shown: String = rest.by_ref().take(WIDTH).map(hide).collect();
+        if rest.next().is_some() {
+            shown.push('…');
+        }
+        let more = if skipped > 0 { "…" } else { "" };
         let number = self.text[..start].matches('\n').count() + 1;
         // A span over several lines is marked to the end of its first.
         let marked = floor(self.text, span.end).clamp(start, line_start + line.len().max(start - line_start));
-        let width = self.text[start..marked].chars().count().max(1);
+        let width = self.text[start..marked].chars().count().clamp(1, WIDTH - BEFORE);
         // Tabs stay tabs, so that the caret stands below what it means.
-        let indent: String = self.text[line_start..start].chars().map(|c| if c == '\t' { c } else { ' ' }).collect();
+        let before = self.text[line_start..start].chars().skip(skipped);
+        let indent: String = more.chars().map(|_| ' ').chain(before.map(|c| if c == '\t' { c } else { ' ' })).collect();
         let gutter = number.to_string().len();
         let message = message.trim_end().replace('\n', "; ");
         let caret = "^".repeat(width);
-        write!(report, "\n  line {number}: {message}\n    {number} | {shown}\n    {:gutter$} | {indent}{caret}", "")
-            .expect("a string takes what is written");
+        write!(
+            report,
+            "\n  line {number}: {message}\n    {number} | {more}{shown}\n    {:gutter$} | {indent}{caret}",
+            ""
+        )
+        .expect("a string takes what is written");
     }
 }
 
@@ -270,6 +293,17 @@ mod tests {
             all,
             "a.toml: 2 problems\n  line 1: first\n    1 | a = 1\n      | ^\n  line 2: second\n    2 | \tlearing = \"é\"\n      | \t^^^^^^^"
         );
+    }
+
+    #[test]
+    fn of_a_long_line_and_of_many_problems_a_part_is_shown() {
+        let text = format!("{} é = {}", "a".repeat(5000), "{ ".repeat(5000));
+        let all = report(&text, |problems| (0..6000).for_each(|at| problems.at(5001 + at..5003 + at, "here")));
+        assert!(all.len() < SHOWN_MOST * 700 && all.ends_with("\n  and 5960 more"), "{} bytes", all.len());
+        let lines: Vec<&str> = all.lines().collect();
+        assert!(lines[2].starts_with("    1 | …aaa") && lines[2].ends_with(" {…"), "{}", lines[2]);
+        let column = |line: &str, c: char| line.chars().position(|other| other == c);
+        assert_eq!(column(lines[3], '^'), column(lines[2], 'é'), "{}\n{}", lines[2], lines[3]);
     }
 
     #[test]

@@ -45,8 +45,8 @@ const CHARSMAP_TEXT_MAX: usize = 256;
 const ADDED_MAX: usize = 200_000;
 /// Most bytes of all added tokens, as long as the normalizers may make them. Finding them takes 100 times as much memory.
 pub(super) const ADDED_BYTES_MAX: usize = 2 << 20;
-/// Largest id.
-const ID_MAX: u32 = 1 << 24;
+/// Ids end here: the largest vocabularies have some 260,000, and tables of them have a place for each id up to the largest.
+const ID_MAX: u32 = 1 << 21;
 
 /// The parts of a `tokenizer.json` beside its model.
 #[derive(Deserialize)]

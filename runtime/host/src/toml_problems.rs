@@ -301,7 +301,7 @@ mod tests {
         let all = report(&text, |problems| (0..6000).for_each(|at| problems.at(5001 + at..5003 + at, "here")));
         assert!(all.len() < SHOWN_MOST * 700 && all.ends_with("\n  and 5960 more"), "{} bytes", all.len());
         let lines: Vec<&str> = all.lines().collect();
-        assert!(lines[2].starts_with("    1 | …aaa") && lines[2].ends_with(" {…"), "{}", lines[2]);
+        assert!(lines[2].starts_with("    1 | …aaa") && lines[2].ends_with("{ …"), "{}", lines[2]);
         let column = |line: &str, c: char| line.chars().position(|other| other == c);
         assert_eq!(column(lines[3], '^'), column(lines[2], 'é'), "{}\n{}", lines[2], lines[3]);
     }

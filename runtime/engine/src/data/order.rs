@@ -11,7 +11,7 @@ const MIX: u64 = u64::from_be_bytes(*b"mix\0\0\0\0\0");
 
 /// The order of `n` examples in an epoch, counted from 0: shuffled, or as in the file.
 pub fn epoch_order(n: usize, seed: u64, epoch: u64, shuffle: bool) -> Vec<u32> {
-    let mut order: Vec<u32> = (0..n as u32).collect();
+    let mut order: Vec<u32> = (0..numbered(n)).collect();
     if shuffle {
         Stream::new(seed, EPOCH.wrapping_add(epoch)).shuffle(&mut order);
     }
@@ -30,6 +30,11 @@ pub fn split(n: usize, eval_fraction: f64, seed: u64) -> Result<(Vec<usize>, Vec
     Ok((train, eval))
 }
 
+/// How many rows there are: they are numbered in 32 bits, as their lines are.
+fn numbered(n: usize) -> u32 {
+    u32::try_from(n).expect("rows are numbered in 32 bits")
+}
+
 /// The rows of [`split`] to evaluate on, ascending. It takes four bytes a row meanwhile.
 ///
 /// # Errors
@@ -44,7 +49,7 @@ pub fn held_out(n: usize, eval_fraction: f64, seed: u64) -> Result<Vec<usize>> {
         "eval: {n} row(s) cannot be split into {eval_fraction} to evaluate on and the rest to train on, at least 2 are needed"
     );
     let held = ((n as f64 * eval_fraction).round() as usize).clamp(1, n - 1);
-    let mut rows: Vec<u32> = (0..n as u32).collect();
+    let mut rows: Vec<u32> = (0..numbered(n)).collect();
     Stream::new(seed, SPLIT).shuffle(&mut rows);
     rows.truncate(held);
     rows.sort_unstable();

@@ -1,7 +1,7 @@
 //! CPU kernels over slices. No candle and no I/O: what comes in and goes out is `&[f32]` and bytes.
 //!
 //! - `isa`: which instructions they may use, and what products are made of; `fastest`: which kind of product is faster; `peak`: the limits of
-//!   the machine; `pool`: the threads; `team`: threads that share many short jobs
+//!   the machine; `prefetch`: memory ahead of its turn; `pool`: the threads; `team`: threads that share many short jobs
 //! - `element`: f32 or bf16, and sums over rows of them; `round`: from f32 to either; `buffer`: buffers that keep their size
 //! - `compiled`: the large loops over them, compiled here
 //! - `storage`: how a stored weight lies in memory, and rows of it as floats; `codec`: storage as data, a code book over blocks of values,
@@ -36,6 +36,7 @@ mod neon;
 mod peak;
 mod philox;
 mod pool;
+mod prefetch;
 mod product;
 mod round;
 mod shared;

@@ -3,7 +3,8 @@
 //!
 //! The leader never waits for a thread to come: what nobody takes it does itself. So a busy pool makes a team slower, and
 //! never stops it. In decoding, neighbouring tasks are taken together, many at first and single ones in the end: threads read long pieces of
-//! memory in order, seldom meet at the ticket, and end together.
+//! memory in order, seldom meet at the ticket, and end together. Longer tasks are taken one by one, by each thread first from a share of
+//! its own: what it wrote in one job, rows or columns, it mostly finds in its own cache in the next.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -27,7 +28,7 @@ const NAP: Duration = Duration::from_micros(50);
 /// Polls between two looks at the clock.
 const POLLS: u32 = 64;
 
-/// Bits of a ticket that count tasks, twice; the others count jobs, so that no ticket of one job is one of the next.
+/// Bits of a ticket for a task's number, twice; the others count jobs, so that no ticket of one job is one of the next.
 const BITS: u32 = 20;
 const MASK: u64 = (1 << BITS) - 1;
 /// The most tasks of a job.
@@ -59,8 +60,10 @@ pub struct Team {
 
 /// What threads look at until there is something to do.
 struct Job {
-    /// Number of the job, its tasks, and how many of them are taken.
-    ticket: AtomicU64,
+    /// For each thread a share of the job's tasks: number of the job, end of the share, and its next task. All tasks may be in the first.
+    tickets: Box<[Line<AtomicU64>]>,
+    /// Number of the job whose tickets are all written.
+    number: Line<AtomicU64>,
     /// What the job's tasks are; written while no task can be taken.
     call: AtomicPtr<()>,
     context: AtomicPtr<()>,
@@ -160,7 +163,8 @@ impl Wait {
 impl Team {
     fn new(isa: Isa, is_open: bool) -> Arc<Self> {
         let job = Job {
-            ticket: AtomicU64::new(0),
+            tickets: (0..threads()).map(|_| Line(AtomicU64::new(0))).collect(),
+            number: Line(AtomicU64::new(0)),
             call: AtomicPtr::new(std::ptr::null_mut()),
             context: AtomicPtr::new(std::ptr::null_mut()),
             before: AtomicUsize::new(0),
@@ -197,7 +201,8 @@ impl Team {
         self.run_after(0, tasks, false, f);
     }
 
-    /// As [`Team::run`]; tasks are taken one by one, since each is long.
+    /// As [`Team::run`], in no particular order; tasks are taken one by one, since each is long, and by a thread from the same part of them
+    /// again while it can.
     ///
     /// # Panics
     /// As [`Team::run`].
@@ -224,9 +229,15 @@ impl Team {
         job.context.store((&raw const f).cast_mut().cast(), Ordering::Relaxed);
         job.before.store(before, Ordering::Relaxed);
         job.singly.store(singly, Ordering::Relaxed);
-        let number = (job.ticket.load(Ordering::Relaxed) >> (2 * BITS)) + 1;
-        job.ticket.store(number << (2 * BITS) | (tasks as u64) << BITS, Ordering::Release);
-        while self.tasks() {}
+        let number = job.number.0.load(Ordering::Relaxed) + 1;
+        let shares = if singly { self.threads } else { 1 };
+        for (share, ticket) in job.tickets[..shares].iter().enumerate() {
+            let [from, end] = [share, share + 1].map(|share| (share * tasks / shares) as u64);
+            ticket.0.store(number << (2 * BITS) | end << BITS | from, Ordering::Release);
+        }
+        job.number.0.store(number, Ordering::Release);
+        let home = self.home();
+        while self.tasks(home) {}
         let mut wait = Wait::default();
         while self.done.0.load(Ordering::Acquire) < tasks {
             wait.more();
@@ -298,12 +309,33 @@ impl Team {
         });
     }
 
-    /// Takes some tasks and does them; false when there is none.
-    fn tasks(&self) -> bool {
+    /// The share that this thread begins with.
+    fn home(&self) -> usize {
+        rayon::current_thread_index().unwrap_or(0) % self.threads
+    }
+
+    /// Takes some tasks and does them, of the share `home` while it has any, then of those behind it; false when there is none.
+    fn tasks(&self, home: usize) -> bool {
+        (home..self.threads).chain(0..home).any(|share| self.tasks_of(share))
+    }
+
+    /// As [`Team::tasks`]; of the job `seen` there is none.
+    fn tasks_unseen(&self, home: usize, seen: &mut u64) -> bool {
+        let number = self.job.0.number.0.load(Ordering::Acquire);
+        let found = number != *seen && self.tasks(home);
+        if !found {
+            *seen = number;
+        }
+        found
+    }
+
+    /// See [`Team::tasks`].
+    fn tasks_of(&self, share: usize) -> bool {
         let job = &self.job.0;
-        let ticket = job.ticket.load(Ordering::Acquire);
-        let (tasks, next) = ((ticket >> BITS & MASK) as usize, (ticket & MASK) as usize);
-        if next >= tasks {
+        let place = &job.tickets[share].0;
+        let ticket = place.load(Ordering::Acquire);
+        let (end, next) = ((ticket >> BITS & MASK) as usize, (ticket & MASK) as usize);
+        if next >= end {
             return false;
         }
         // These belong to the ticket: another job is only begun when all tasks of this one are done, and if that has
@@ -315,10 +347,10 @@ impl Team {
         } else if next < before {
             (before - next).div_ceil(self.threads)
         } else {
-            (3 * (tasks - next) / (4 * self.threads)).max(1)
+            (3 * (end - next) / (4 * self.threads)).max(1)
         };
         let taken = ticket + count as u64;
-        if job.ticket.compare_exchange(ticket, taken, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+        if place.compare_exchange(ticket, taken, Ordering::AcqRel, Ordering::Relaxed).is_err() {
             return true;
         }
         let within = Within::new(Place::InTask);
@@ -363,9 +395,11 @@ impl Team {
         }
         self.present.fetch_add(1, Ordering::Relaxed);
         let _present = Present(self, HELPS.replace((self, before.1 + 1)));
-        let mut wait = Wait::default();
+        let home = self.home();
+        let (mut wait, mut seen) = (Wait::default(), 0);
         while !self.job.0.over.load(Ordering::Acquire) {
-            if self.tasks() || self.is_open && matches!(rayon::yield_now(), Some(Yield::Executed)) {
+            if self.tasks_unseen(home, &mut seen) || self.is_open && matches!(rayon::yield_now(), Some(Yield::Executed))
+            {
                 wait = Wait::default();
             } else if self.is_open && wait.taken > AWAKE {
                 return;
@@ -563,6 +597,32 @@ mod tests {
                 }
             });
         });
+    }
+
+    /// The first tasks wait until each thread has one.
+    #[test]
+    fn a_thread_begins_with_its_own_share_of_long_tasks() {
+        for threads in [2, 3, 5] {
+            let tasks = 7 * threads;
+            on(threads, || {
+                on_pool(|| {
+                    for _ in 0..20 {
+                        let firsts: Vec<AtomicUsize> = (0..threads).map(|_| AtomicUsize::new(usize::MAX)).collect();
+                        let is_set = |first: &AtomicUsize| first.load(Ordering::Relaxed) < tasks;
+                        for_each(tasks, |task| {
+                            let mine = &firsts[rayon::current_thread_index().expect("a thread of the pool")];
+                            let _ = mine.compare_exchange(usize::MAX, task, Ordering::Relaxed, Ordering::Relaxed);
+                            while !firsts.iter().all(is_set) {
+                                std::thread::yield_now();
+                            }
+                        });
+                        for (thread, first) in firsts.iter().enumerate() {
+                            assert_eq!(first.load(Ordering::Relaxed) / 7, thread, "{firsts:?}");
+                        }
+                    }
+                });
+            });
+        }
     }
 
     /// Each thread must come, or the tasks never meet.

@@ -9,6 +9,7 @@ use crate::element::Element;
 #[cfg(any(test, target_arch = "x86_64", target_arch = "aarch64"))]
 use crate::isa::Feature;
 use crate::isa::{Isa, per_isa};
+use crate::prefetch::{ROWS_AHEAD, prefetch};
 
 /// Packs columns that are contiguous along the sum: `rows[j]` points at `words` words for column j.
 ///
@@ -68,7 +69,7 @@ per_isa! {
         for (k, out) in out[..words * PANEL].as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
             let row = |i: usize| &from[(k * E::PER_WORD + i) * step..][..width];
             for i in 0..E::PER_WORD {
-                prefetch(from, (k * E::PER_WORD + i + AHEAD) * step, width);
+                prefetch(from, (k * E::PER_WORD + i + ROWS_AHEAD) * step, width);
             }
             // Whole panels have a length that the compiler knows.
             if width == PANEL {
@@ -86,23 +87,6 @@ per_isa! {
             }
         }
     }
-}
-
-/// Rows that are fetched into the cache ahead of their turn: a panel takes a short piece of each row, which the processor does
-/// not foresee.
-const AHEAD: usize = 24;
-
-/// Asks for `values[at..at + count]` to be in the cache soon, if that exists.
-#[inline(always)]
-fn prefetch<E>(values: &[E], at: usize, count: usize) {
-    #[cfg(target_arch = "x86_64")]
-    for line in (0..count * size_of::<E>() + 63).step_by(64) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a prefetch of any address is harmless, and every x86-64 processor has it.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().wrapping_add(at).cast::<i8>().wrapping_add(line)) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (values, at, count);
 }
 
 /// As [`pack_rows`] for any number of rows: what the last word lacks, and whole words up to the end of `out`, are zeros.

@@ -9,6 +9,7 @@ use crate::element::{Element, LANES};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::F32Unit;
 use crate::isa::{Isa, per_isa};
+use crate::prefetch::{ROWS_AHEAD, prefetch};
 
 impl Coded<'_> {
     /// Decodes values of row `row`; see [`Self::decode_rows`].
@@ -115,6 +116,8 @@ impl<'o, E> Iterator for Blocks<'_, 'o, E> {
             let start = self.range.end - self.width + self.coded.cols;
             self.range = start..start + self.width;
             self.block = start / self.len;
+            let bits = self.coded.codec.bits as usize;
+            prefetch(self.coded.codes, (start + ROWS_AHEAD * self.coded.cols) * bits / 8, self.width * bits / 8);
         }
         let Range { start, end } = self.range;
         let scale = self.coded.scale(self.block);

@@ -1,4 +1,4 @@
-//! The one thread pool: tasks by number, handed out in order.
+//! The one thread pool: tasks by number.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -32,8 +32,8 @@ pub fn on_each_thread(f: impl Fn() + Sync) {
     rayon::broadcast(|_| f());
 }
 
-/// Calls `f` with each number below `tasks`, on all threads, in no particular order, though neighbours mostly on the same thread. Tasks
-/// that start tasks do them alone.
+/// Calls `f` with each number below `tasks`, on all threads, in no particular order; in a team neighbours are mostly on the same thread.
+/// Tasks that start tasks do them alone.
 ///
 /// What a task computes must not depend on which thread runs it or on how many there are.
 pub(crate) fn for_each(tasks: usize, f: impl Fn(usize) + Sync) {

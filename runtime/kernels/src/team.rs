@@ -62,7 +62,7 @@ pub struct Team {
 struct Job {
     /// For each thread a share of the job's tasks: number of the job, end of the share, and its next task. All tasks may be in the first.
     tickets: Box<[Line<AtomicU64>]>,
-    /// Number of the job whose tickets are all written.
+    /// Number of the job whose tickets are all written, twice, and one more where it is dealt in shares.
     number: Line<AtomicU64>,
     /// What the job's tasks are; written while no task can be taken.
     call: AtomicPtr<()>,
@@ -201,8 +201,8 @@ impl Team {
         self.run_after(0, tasks, false, f);
     }
 
-    /// As [`Team::run`], in no particular order; tasks are taken one by one, since each is long, and by a thread from the same part of them
-    /// again while it can.
+    /// As [`Team::run`], in no particular order. Tasks are taken one by one, since each is long, and each thread takes from the same part of
+    /// them in every job, as long as there are any.
     ///
     /// # Panics
     /// As [`Team::run`].
@@ -229,15 +229,16 @@ impl Team {
         job.context.store((&raw const f).cast_mut().cast(), Ordering::Relaxed);
         job.before.store(before, Ordering::Relaxed);
         job.singly.store(singly, Ordering::Relaxed);
-        let number = job.number.0.load(Ordering::Relaxed) + 1;
+        let number = (job.number.0.load(Ordering::Relaxed) >> 1) + 1;
         let shares = if singly { self.threads } else { 1 };
         for (share, ticket) in job.tickets[..shares].iter().enumerate() {
             let [from, end] = [share, share + 1].map(|share| (share * tasks / shares) as u64);
             ticket.0.store(number << (2 * BITS) | end << BITS | from, Ordering::Release);
         }
-        job.number.0.store(number, Ordering::Release);
+        let known = number << 1 | u64::from(singly);
+        job.number.0.store(known, Ordering::Release);
         let home = self.home();
-        while self.tasks(home) {}
+        while self.tasks(home, known) {}
         let mut wait = Wait::default();
         while self.done.0.load(Ordering::Acquire) < tasks {
             wait.more();
@@ -314,28 +315,33 @@ impl Team {
         rayon::current_thread_index().unwrap_or(0) % self.threads
     }
 
-    /// Takes some tasks and does them, of the share `home` while it has any, then of those behind it; false when there is none.
-    fn tasks(&self, home: usize) -> bool {
-        (home..self.threads).chain(0..home).any(|share| self.tasks_of(share))
+    /// Takes some tasks of the job that `known` tells of and does them, of the share `home` while it has any, then of those behind it; false
+    /// when there is none.
+    fn tasks(&self, home: usize, known: u64) -> bool {
+        let (number, in_shares) = (known >> 1, known & 1 == 1);
+        match in_shares {
+            true => (home..self.threads).chain(0..home).any(|share| self.tasks_of(share, number)),
+            false => self.tasks_of(0, number),
+        }
     }
 
-    /// As [`Team::tasks`]; of the job `seen` there is none.
+    /// As [`Team::tasks`], of the present job; of the one `seen` there is none.
     fn tasks_unseen(&self, home: usize, seen: &mut u64) -> bool {
-        let number = self.job.0.number.0.load(Ordering::Acquire);
-        let found = number != *seen && self.tasks(home);
+        let known = self.job.0.number.0.load(Ordering::Acquire);
+        let found = known != *seen && self.tasks(home, known);
         if !found {
-            *seen = number;
+            *seen = known;
         }
         found
     }
 
     /// See [`Team::tasks`].
-    fn tasks_of(&self, share: usize) -> bool {
+    fn tasks_of(&self, share: usize, number: u64) -> bool {
         let job = &self.job.0;
         let place = &job.tickets[share].0;
         let ticket = place.load(Ordering::Acquire);
         let (end, next) = ((ticket >> BITS & MASK) as usize, (ticket & MASK) as usize);
-        if next >= end {
+        if next >= end || ticket >> (2 * BITS) != number & (u64::MAX >> (2 * BITS)) {
             return false;
         }
         // These belong to the ticket: another job is only begun when all tasks of this one are done, and if that has
@@ -599,23 +605,30 @@ mod tests {
         });
     }
 
-    /// The first tasks wait until each thread has one.
+    /// The first tasks wait until each thread has one, or for a moment where a thread does not come.
     #[test]
     fn a_thread_begins_with_its_own_share_of_long_tasks() {
         for threads in [2, 3, 5] {
             let tasks = 7 * threads;
             on(threads, || {
                 on_pool(|| {
-                    for _ in 0..20 {
+                    let (mut met, begun) = (0, Instant::now());
+                    while met < 20 {
+                        assert!(begun.elapsed() < Duration::from_secs(60), "{threads} threads met {met} times");
                         let firsts: Vec<AtomicUsize> = (0..threads).map(|_| AtomicUsize::new(usize::MAX)).collect();
                         let is_set = |first: &AtomicUsize| first.load(Ordering::Relaxed) < tasks;
                         for_each(tasks, |task| {
                             let mine = &firsts[rayon::current_thread_index().expect("a thread of the pool")];
                             let _ = mine.compare_exchange(usize::MAX, task, Ordering::Relaxed, Ordering::Relaxed);
-                            while !firsts.iter().all(is_set) {
+                            let begun = Instant::now();
+                            while !firsts.iter().all(is_set) && begun.elapsed() < Duration::from_millis(5) {
                                 std::thread::yield_now();
                             }
                         });
+                        if !firsts.iter().all(is_set) {
+                            continue;
+                        }
+                        met += 1;
                         for (thread, first) in firsts.iter().enumerate() {
                             assert_eq!(first.load(Ordering::Relaxed) / 7, thread, "{firsts:?}");
                         }

@@ -553,6 +553,24 @@ impl<'a> Outlook<'a> {
             if is_trained {
                 add(of_attention(true), times * attention.kv_heads as f64);
             }
+            let (heads, rotated) = (attention.heads + 2 * attention.kv_heads, attention.heads + attention.kv_heads);
+            if attention.rope.is_some() {
+                let turn = Operation::Rotate { m: rows, heads, rotated, head_dim: attention.head_dim, element };
+                add(turn, if is_trained { forward + times } else { forward });
+            }
+            // A norm behind a part costs what one before it does.
+            let ends = [&layer.spec.mixer_norms, &layer.spec.feed_forward_norms];
+            let norms = ends.iter().flat_map(|norms| [norms.before, norms.after]).flatten().map(|_| layer.hidden);
+            let of_heads = attention.qk_norm.map(|_| rotated * attention.head_dim);
+            let unit = &layer.spec.feed_forward;
+            for backward in if is_trained { &[false, true][..] } else { &[false] } {
+                let times = if *backward { times } else { forward };
+                for c in norms.clone().chain(of_heads) {
+                    add(Operation::Norm { m: rows, c, element, backward: *backward }, times);
+                }
+                let (n, gate) = (unit.inner, unit.gate);
+                add(Operation::Gate { m: rows, n, gate, element, backward: *backward }, times);
+            }
         }
         if let (Some((head, element)), Some(module)) = (self.fused_head(blocks), self.sketch.index(HEAD)) {
             let row = head.logits(n, element) / (head.vocab * element).max(1);

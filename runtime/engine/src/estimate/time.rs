@@ -7,9 +7,10 @@ use std::time::Instant;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use homeroom_kernels::{
-    Attention, Codec, Columns, Finish, KeyValueGradients, Left, Matrix, Output, ProductElement, Right, RowOrder,
-    Storage, Stream, Term, attention, attention_backward, bf16, cross_entropy, encode, on_pool, outer, product,
-    read_gigabytes, threads,
+    Attention, Codec, Columns, Finish, Gate, KeyValueGradients, Left, Matrix, Output, ProductElement, Right,
+    RotaryTable, RowOrder, Storage, Stream, Term, attention, attention_backward, bf16, cross_entropy, encode, gated,
+    gated_backward, on_pool, outer, product, read_gigabytes, rms_norm, rms_norm_backward, rotate, scale_columns,
+    threads,
 };
 
 use super::sketch::Stored;
@@ -56,6 +57,12 @@ pub(super) enum Operation {
         element: usize,
         backward: bool,
     },
+    /// A norm over m rows of c.
+    Norm { m: usize, c: usize, element: usize, backward: bool },
+    /// A gated unit over m rows, (m, 2 n) to (m, n).
+    Gate { m: usize, n: usize, gate: Gate, element: usize, backward: bool },
+    /// Rotating the first heads of m rows and rounding all; backward costs the same.
+    Rotate { m: usize, heads: usize, rotated: usize, head_dim: usize, element: usize },
     /// The loss over a row of logits.
     Loss { vocab: usize, element: usize },
     /// A product of plain blocks with a weight that is trained, of (n, rows, cols).
@@ -170,6 +177,9 @@ impl Operation {
             | Self::Small { element, .. }
             | Self::Outer { element, .. }
             | Self::Attention { element, .. }
+            | Self::Norm { element, .. }
+            | Self::Gate { element, .. }
+            | Self::Rotate { element, .. }
             | Self::Loss { element, .. } => *element,
             Self::Linear { .. } => size_of::<f32>(),
         }
@@ -219,6 +229,34 @@ impl Operation {
                 timed(|| {
                     attention_backward(&shape, &qkv, &out, &sums, &d_out, (&positions, None), &mut partial, &mut d_qkv);
                 })
+            }
+            Self::Norm { m, c, backward, .. } => {
+                let (x, w, mut inverse) = (some::<f32>(m * c), some::<f32>(c), vec![0f32; m]);
+                let (mut normal, mut y) = (vec![E::default(); m * c], vec![E::default(); m * c]);
+                rms_norm(&x, &w, 1e-5, &mut normal, &mut inverse, &mut y);
+                if !backward {
+                    return timed(|| rms_norm(&x, &w, 1e-5, &mut normal, &mut inverse, &mut y));
+                }
+                let (mut dx, mut narrow) = (vec![0f32; m * c], vec![E::default(); m * c]);
+                timed(|| {
+                    scale_columns(&normal, &w, &mut y);
+                    rms_norm_backward(&normal, &w, &inverse, &x, &mut dx, &mut narrow);
+                })
+            }
+            Self::Gate { m, n, gate, backward, .. } => {
+                let (gate_up, mut h) = (some::<E>(2 * m * n), some::<E>(m * n));
+                if !backward {
+                    return timed(|| gated(gate, n, &gate_up, &mut h));
+                }
+                let mut d_gate_up = vec![E::default(); 2 * m * n];
+                timed(|| gated_backward(gate, n, &gate_up, &mut h, &mut d_gate_up))
+            }
+            Self::Rotate { m, heads, rotated, head_dim, .. } => {
+                let mut table = RotaryTable::new(head_dim);
+                table.append(m, &vec![0.1; head_dim / 2], 1.0);
+                let positions: Vec<u32> = (0..).take(m).collect();
+                let (x, mut y) = (some::<f32>(m * heads * head_dim), vec![E::default(); m * heads * head_dim]);
+                timed(|| rotate(&x, &positions, heads, rotated, Some(&table), &mut y))
             }
             Self::Linear { part, sizes: (n, rows, cols) } => {
                 // A head has more rows than need be measured.

@@ -35,8 +35,9 @@ const PACKING: usize = 64;
 /// Parts of a panel at most.
 const PARTS: usize = 8;
 
-/// Cuts the output into panels, as many for each thread, and those that are left, or all if there are few, into parts of their rows:
-/// so many that the threads are done soonest, since each part is packed anew. Each thread's lie beside each other.
+/// Cuts the output into panels, equally many whole ones for each thread, and those that are left, or all if there are few, into parts of
+/// their rows: so many that the threads are done soonest, since each part is packed anew. The tasks of a thread's share are neighbours, as
+/// a team deals them.
 pub(super) fn cut<E: ProductElement>(isa: Isa, m: usize, columns: &[Columns<'_, E>]) -> Vec<Task> {
     let mut panels = Vec::new();
     for (index, columns) in columns.iter().enumerate() {
@@ -51,8 +52,7 @@ pub(super) fn cut<E: ProductElement>(isa: Isa, m: usize, columns: &[Columns<'_, 
         few if few < 2 * threads => few,
         many => many % threads,
     };
-    let parts = parts(m, left, threads);
-    let part = m.div_ceil(parts).next_multiple_of(E::tile_rows(isa));
+    let part = part(m, E::tile_rows(isa), left, threads);
     let (whole, left) = panels.split_at(panels.len() - left);
     let task = |&(columns, from, width): &(usize, usize, usize), rows| Task { columns, from, width, rows };
     let in_parts =
@@ -69,10 +69,11 @@ pub(super) fn cut<E: ProductElement>(isa: Isa, m: usize, columns: &[Columns<'_, 
     tasks
 }
 
-/// Into how many parts of its rows each of `panels` is cut, so that `threads` do them soonest.
-fn parts(m: usize, panels: usize, threads: usize) -> usize {
-    let rows_of_each = |parts: &usize| (panels * parts).div_ceil(threads) * (m.div_ceil(*parts) + PACKING);
-    (1..=PARTS).min_by_key(rows_of_each).expect("there is a number of parts")
+/// Rows of the parts that each of so many panels is cut into, whole tiles, so that `threads` do them soonest.
+fn part(m: usize, tile_rows: usize, panels: usize, threads: usize) -> usize {
+    let sizes = (1..=PARTS).map(|parts| m.div_ceil(parts).next_multiple_of(tile_rows));
+    let rows_of_each = |part: &usize| (panels * m.div_ceil(*part)).div_ceil(threads) * (part.min(&m) + PACKING);
+    sizes.min_by_key(rows_of_each).expect("there is a number of parts")
 }
 
 /// Whether a term's weight is decoded more than a panel at a time: backward, by blocks that are longer.
@@ -128,8 +129,9 @@ mod tests {
 
     #[test]
     fn panels_that_are_left_are_cut_as_long_as_that_is_sooner_than_packing_them_anew() {
-        assert_eq!((parts(512, 1, 2), parts(512, 3, 2), parts(1024, 1, 3)), (2, 2, 3));
-        assert_eq!((parts(512, 0, 2), parts(512, 2, 2), parts(30, 1, 2)), (1, 1, 2));
-        assert_eq!(parts(64, 9, 16), 1, "parts of so few rows are mostly packing");
+        assert_eq!((part(512, 32, 1, 2), part(512, 6, 3, 2), part(1024, 6, 1, 3)), (256, 258, 342));
+        assert_eq!((part(512, 32, 0, 2), part(512, 32, 2, 2), part(30, 6, 1, 2)), (512, 512, 18));
+        assert_eq!(part(64, 32, 9, 16), 64, "parts of so few rows are mostly packing");
+        assert_eq!(part(30, 32, 1, 2), 32, "one tile takes all rows");
     }
 }

@@ -10,6 +10,7 @@ use crate::element::{Element, LANES};
 use crate::isa::F32Unit;
 use crate::isa::{Isa, per_isa};
 use crate::prefetch::{ROWS_AHEAD, prefetch};
+use crate::tile::PANEL;
 
 impl Coded<'_> {
     /// Decodes values of row `row`; see [`Self::decode_rows`].
@@ -116,8 +117,11 @@ impl<'o, E> Iterator for Blocks<'_, 'o, E> {
             let start = self.range.end - self.width + self.coded.cols;
             self.range = start..start + self.width;
             self.block = start / self.len;
-            let bits = self.coded.codec.bits as usize;
-            prefetch(self.coded.codes, (start + ROWS_AHEAD * self.coded.cols) * bits / 8, self.width * bits / 8);
+            let bytes = |values: usize| values * usize::from(self.coded.codec.bits) / 8;
+            // Whole rows, and long pieces of them, the processor foresees.
+            if self.width <= PANEL && self.width < self.coded.cols {
+                prefetch(self.coded.codes, bytes(start + ROWS_AHEAD * self.coded.cols), bytes(self.width));
+            }
         }
         let Range { start, end } = self.range;
         let scale = self.coded.scale(self.block);

@@ -5,9 +5,22 @@
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> std::process::ExitCode {
+    homeroom_engine::run::pages::on_keep(keep_pages);
     share_one_thread_pool();
     fail_where_files_may_not_grow();
     homeroom::cli::main()
+}
+
+/// Has the allocator keep the pages of what is freed, or give them back after a moment, as it does by itself.
+fn keep_pages(are_kept: bool) {
+    unsafe extern "C" {
+        fn mi_option_set(option: std::ffi::c_int, value: std::ffi::c_long);
+    }
+    /// `mi_option_purge_delay` of mimalloc 3: milliseconds until pages are given back; below 0 they never are.
+    const PURGE_DELAY: std::ffi::c_int = 15;
+    const DEFAULT: std::ffi::c_long = 1000;
+    // SAFETY: this sets a number that the allocator reads, which may be done at any time.
+    unsafe { mi_option_set(PURGE_DELAY, if are_kept { -1 } else { DEFAULT }) };
 }
 
 /// Has candle use the threads that our kernels use.

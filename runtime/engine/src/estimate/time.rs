@@ -89,6 +89,8 @@ impl StoredAs {
 
 /// Columns of a product that are measured, for each thread: whole panels, so that none waits for another's.
 const COLUMNS: usize = 512;
+/// Values of a sum that are measured: what a product takes in a round of a deep one.
+const DEPTH: usize = 1024;
 /// The least time that is measured, in seconds.
 const MOMENT: f64 = 0.015;
 /// Bytes of a small tensor that is measured.
@@ -192,11 +194,10 @@ impl Operation {
     fn measure_in<E: ProductElement>(&self) -> f64 {
         match *self {
             Self::Product { m, weight: (rows, cols), ref stored, rank, integers, backward, .. } => {
-                // Outputs beyond some columns cost what the others do.
-                let most = COLUMNS * threads();
-                let (kept_rows, kept_cols) = if backward { (rows, cols.min(most)) } else { (rows.min(most), cols) };
-                let cut = (rows * cols) as f64 / (kept_rows * kept_cols) as f64;
-                cut * of_product::<E>(m, (kept_rows, kept_cols), stored, rank, integers, backward)
+                // Outputs beyond some cost what the others do, and backward so do parts of the sum: rows keep their length, by which they
+                // lie apart in memory.
+                let kept = rows.min(if backward { DEPTH } else { COLUMNS * threads() });
+                rows as f64 / kept as f64 * of_product::<E>(m, (kept, cols), stored, rank, integers, backward)
             }
             Self::Small { m, k, n, .. } => {
                 let (x, w) = (some::<E>(m * k), some::<E>(n * k));

@@ -18,7 +18,7 @@ pub fn trainer(model: &BaseModel, adaptation: Option<&Adaptation>, compute: Comp
     let f32_params = adaptation.iter().flat_map(|adaptation| &adaptation.params).all(|p| p.var.dtype() == DType::F32);
     let compute = compute.resolved(adaptation);
     if !f32_params || compute == Compute::Plain {
-        return Box::new(PlainTrain);
+        return Box::new(PlainTrain::keeping_pages());
     }
     let integers = compute == Compute::Int8;
     // Beside integers few products are left, and bf16 halves what is kept.

@@ -5,6 +5,7 @@ pub mod batch;
 pub mod compute;
 pub mod cpu;
 pub mod gradients;
+pub mod pages;
 pub mod plain;
 pub mod profile;
 pub mod waist;

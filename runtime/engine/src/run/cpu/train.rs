@@ -9,6 +9,7 @@ use crate::adapt::adaptation::Adaptation;
 use crate::models::BaseModel;
 use crate::run::batch::Batch;
 use crate::run::gradients::Gradients;
+use crate::run::pages::Kept;
 use crate::run::plain::recipe::Pass;
 use crate::run::waist::{LogProbs, Train, Weigh};
 
@@ -16,6 +17,8 @@ use crate::run::waist::{LogProbs, Train, Weigh};
 pub struct CpuTrain<E> {
     blocks: Fused<E>,
     updates: Updates<E>,
+    /// Where a block is plain.
+    _pages: Option<Kept>,
 }
 
 impl<E: ProductElement> CpuTrain<E> {
@@ -23,7 +26,9 @@ impl<E: ProductElement> CpuTrain<E> {
     pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, integers: bool) -> Self {
         let blocks = Fused::new(model, if integers { InIntegers::All } else { InIntegers::None });
         let updates = blocks.updates(model, adaptation, false);
-        Self { blocks, updates }
+        let (fused, layers, head) = blocks.counts(&updates);
+        let pages = (fused < layers || !head).then(Kept::new);
+        Self { blocks, updates, _pages: pages }
     }
 }
 

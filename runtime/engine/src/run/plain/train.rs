@@ -8,10 +8,20 @@ use super::block::{Keep, Plain, lowest_trained, plain_head};
 use super::recipe::Pass;
 use crate::run::batch::Batch;
 use crate::run::gradients::Gradients;
+use crate::run::pages::Kept;
 use crate::run::waist::{LogProbs, Train, Weigh};
 
-/// Plain blocks. They hold nothing: all is in the pass.
-pub struct PlainTrain;
+/// Plain blocks. They hold nothing but pages: all is in the pass.
+pub struct PlainTrain {
+    _pages: Kept,
+}
+
+impl PlainTrain {
+    /// Pages are kept while it lives.
+    pub fn keeping_pages() -> Self {
+        Self { _pages: Kept::new() }
+    }
+}
 
 impl Train for PlainTrain {
     fn log_probs(&mut self, pass: &Pass<'_>, batch: &Batch) -> Result<LogProbs> {

@@ -216,6 +216,11 @@ impl Sketch {
         self.unique().map(|module| module.bytes() + bias(module)).sum()
     }
 
+    /// Bytes of the weights that are behind a codec, which lie in memory of the program's own.
+    pub(super) fn encoded_bytes(&self) -> usize {
+        self.unique().filter(|module| module.is_coded()).map(Outline::bytes).sum()
+    }
+
     fn unique(&self) -> impl Iterator<Item = &Outline> {
         let mut seen = BTreeSet::new();
         self.modules.iter().filter(move |module| seen.insert(&module.info.storage))

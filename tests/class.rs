@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -603,6 +603,19 @@ impl Typing {
     fn press(&mut self, keys: &str) -> Result<()> {
         Ok(self.keys.write_all(keys.as_bytes())?)
     }
+
+    /// Waits until it has ended, a minute at most.
+    fn end(&mut self) -> Result<ExitStatus> {
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_secs(60) {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        self.child.kill()?;
+        bail!("it has not ended, and shows {:?}", self.seen)
+    }
 }
 
 #[test]
@@ -618,25 +631,29 @@ fn on_a_terminal_lines_are_edited_and_what_was_typed_comes_back() -> Result<()> 
     one.until("> ")?;
     // A letter is taken back, and one is put in before others.
     one.press("/systex\u{7f}m ind\u{1b}[D\u{1b}[D\u{1b}[Dk\r")?;
+    // The line is drawn again at each key; only the next one's prompt stands behind a line's end.
+    one.until("\n")?;
     one.until("> ")?;
     one.press("\u{4}")?;
-    assert!(one.child.wait()?.success());
+    assert!(one.end()?.success());
     assert_eq!(fs::read_to_string(home.join("chat_history"))?, "/system kind\n");
     let mut two = chat(&[])?;
     two.until("> ")?;
     two.press("\u{1b}[A\r")?;
     two.until("/system kind")?;
+    two.until("\n")?;
     two.until("> ")?;
     two.press("\u{3}")?;
     two.until("press Ctrl-C again to end")?;
     two.press("/ex\t\r")?;
-    assert!(two.child.wait()?.success());
+    assert!(two.end()?.success());
     let mut three = chat(&["--no-history"])?;
     three.until("> ")?;
     three.press("secret\r")?;
+    three.until("\n")?;
     three.until("> ")?;
     three.press("\u{4}")?;
-    three.child.wait()?;
+    three.end()?;
     assert!(!fs::read_to_string(home.join("chat_history"))?.contains("secret"));
     Ok(())
 }

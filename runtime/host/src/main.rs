@@ -11,16 +11,30 @@ fn main() -> std::process::ExitCode {
     homeroom::cli::main()
 }
 
-/// Has the allocator keep the pages of what is freed, or give them back after a moment, as it does by itself.
+/// Has the allocator keep the pages of what is freed, or give those and later ones back after a moment, as it does by itself.
 fn keep_pages(are_kept: bool) {
     unsafe extern "C" {
+        fn mi_option_get(option: std::ffi::c_int) -> std::ffi::c_long;
         fn mi_option_set(option: std::ffi::c_int, value: std::ffi::c_long);
+        fn mi_collect(force: bool);
     }
-    /// `mi_option_purge_delay` of mimalloc 3: milliseconds until pages are given back; below 0 they never are.
+    /// `mi_option_purge_delay` of mimalloc 3: milliseconds until pages are given back.
     const PURGE_DELAY: std::ffi::c_int = 15;
-    const DEFAULT: std::ffi::c_long = 1000;
-    // SAFETY: this sets a number that the allocator reads, which may be done at any time.
-    unsafe { mi_option_set(PURGE_DELAY, if are_kept { -1 } else { DEFAULT }) };
+    /// Twelve days. Below 0 freed pages would not even be noted as such.
+    const LONG: std::ffi::c_long = 1 << 30;
+    static BEFORE: std::sync::atomic::AtomicIsize = std::sync::atomic::AtomicIsize::new(0);
+    let order = std::sync::atomic::Ordering::SeqCst;
+    // SAFETY: these read and set a word that the allocator looks at, and have it give back what nobody uses; both may be done while
+    // other threads allocate.
+    unsafe {
+        if are_kept {
+            BEFORE.store(mi_option_get(PURGE_DELAY) as isize, order);
+            mi_option_set(PURGE_DELAY, LONG);
+        } else {
+            mi_option_set(PURGE_DELAY, BEFORE.load(order) as std::ffi::c_long);
+            mi_collect(true);
+        }
+    }
 }
 
 /// Has candle use the threads that our kernels use.

@@ -8,6 +8,7 @@ use anyhow::{Result, bail};
 use homeroom_abi::describe::nearest;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
+use toml_edit::Document;
 
 /// Problems that are shown; of the others only the number. One bracket too many in a long line may make thousands.
 const SHOWN_MOST: usize = 40;
@@ -15,6 +16,27 @@ const SHOWN_MOST: usize = 40;
 const WIDTH: usize = 160;
 /// Characters of them before the place.
 const BEFORE: usize = 60;
+
+/// A text that keeps its places and its layout.
+///
+/// `toml` is asked first: of brackets that do not match `toml_edit` 0.25 goes as deep as there are any, until the stack is full.
+///
+/// # Errors
+/// When it is not TOML; the message quotes nothing of it.
+pub fn document(text: &str) -> Result<Document<&str>, NotToml> {
+    let told = |span, message: &str| NotToml { span, message: message.to_owned() };
+    DeTable::parse(text).map_err(|error| told(error.span(), error.message()))?;
+    Document::parse(text).map_err(|error| told(error.span(), error.message()))
+}
+
+/// Why a text is not TOML, and where.
+#[derive(Debug)]
+pub struct NotToml {
+    /// Bytes of the text.
+    pub span: Option<Range<usize>>,
+    /// What a parser says.
+    pub message: String,
+}
 
 /// Problems found in one file.
 pub struct Problems<'a> {
@@ -280,6 +302,16 @@ mod tests {
         let mut problems = Problems::new(Path::new("a.toml"), text);
         note(&mut problems);
         problems.into_result().expect_err("there is a problem").to_string()
+    }
+
+    /// Read by toml_edit alone, these end the program.
+    #[test]
+    fn brackets_that_nobody_closes_are_no_document() {
+        for text in ["a = ".to_owned() + &"[".repeat(100_000), "a = ".to_owned() + &"[[[{]".repeat(20_000)] {
+            let not = document(&text).expect_err("it is not TOML");
+            assert!(!not.message.is_empty() && not.message.len() < 200, "{}", not.message.len());
+        }
+        assert_eq!(document("# kept\na = [1]\n").expect("it is TOML").into_mut().to_string(), "# kept\na = [1]\n");
     }
 
     #[test]

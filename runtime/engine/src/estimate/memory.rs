@@ -468,7 +468,8 @@ impl<'a> Outlook<'a> {
             allocator: 0,
             program: request.program_bytes,
         };
-        let kept = if passes.fused < sketch.layers.len() { KEPT_PART_OF_PLAIN } else { KEPT_PART };
+        let is_plain = passes.fused < sketch.layers.len() || self.fused_head(blocks).is_none();
+        let kept = if is_plain { KEPT_PART_OF_PLAIN } else { KEPT_PART };
         let moving = parts.gradients + parts.activations + parts.logits;
         let encoded = sketch.encoded_bytes() + rounded;
         parts.allocator = (kept * moving as f64 + BESIDE_ENCODED * encoded as f64) as u64;

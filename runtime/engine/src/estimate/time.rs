@@ -197,7 +197,8 @@ impl Operation {
                 // Outputs beyond some cost what the others do, and backward so do parts of the sum: rows keep their length, by which they
                 // lie apart in memory.
                 let kept = rows.min(if backward { DEPTH } else { COLUMNS * threads() });
-                rows as f64 / kept as f64 * of_product::<E>(m, (kept, cols), stored, rank, integers, backward)
+                let (m, times) = some_rows(m);
+                times * rows as f64 / kept as f64 * of_product::<E>(m, (kept, cols), stored, rank, integers, backward)
             }
             Self::Small { m, k, n, .. } => {
                 let (x, w) = (some::<E>(m * k), some::<E>(n * k));
@@ -232,32 +233,36 @@ impl Operation {
                 })
             }
             Self::Norm { m, c, backward, .. } => {
+                let (m, times) = some_rows(m);
                 let (x, w, mut inverse) = (some::<f32>(m * c), some::<f32>(c), vec![0f32; m]);
                 let (mut normal, mut y) = (vec![E::default(); m * c], vec![E::default(); m * c]);
                 rms_norm(&x, &w, 1e-5, &mut normal, &mut inverse, &mut y);
                 if !backward {
-                    return timed(|| rms_norm(&x, &w, 1e-5, &mut normal, &mut inverse, &mut y));
+                    return times * timed(|| rms_norm(&x, &w, 1e-5, &mut normal, &mut inverse, &mut y));
                 }
                 let (mut dx, mut narrow) = (vec![0f32; m * c], vec![E::default(); m * c]);
-                timed(|| {
-                    scale_columns(&normal, &w, &mut y);
-                    rms_norm_backward(&normal, &w, &inverse, &x, &mut dx, &mut narrow);
-                })
+                times
+                    * timed(|| {
+                        scale_columns(&normal, &w, &mut y);
+                        rms_norm_backward(&normal, &w, &inverse, &x, &mut dx, &mut narrow);
+                    })
             }
             Self::Gate { m, n, gate, backward, .. } => {
+                let (m, times) = some_rows(m);
                 let (gate_up, mut h) = (some::<E>(2 * m * n), some::<E>(m * n));
                 if !backward {
-                    return timed(|| gated(gate, n, &gate_up, &mut h));
+                    return times * timed(|| gated(gate, n, &gate_up, &mut h));
                 }
                 let mut d_gate_up = vec![E::default(); 2 * m * n];
-                timed(|| gated_backward(gate, n, &gate_up, &mut h, &mut d_gate_up))
+                times * timed(|| gated_backward(gate, n, &gate_up, &mut h, &mut d_gate_up))
             }
             Self::Rotate { m, heads, rotated, head_dim, .. } => {
+                let (m, times) = some_rows(m);
                 let mut table = RotaryTable::new(head_dim);
                 table.append(m, &vec![0.1; head_dim / 2], 1.0);
                 let positions: Vec<u32> = (0..).take(m).collect();
                 let (x, mut y) = (some::<f32>(m * heads * head_dim), vec![E::default(); m * heads * head_dim]);
-                timed(|| rotate(&x, &positions, heads, rotated, Some(&table), &mut y))
+                times * timed(|| rotate(&x, &positions, heads, rotated, Some(&table), &mut y))
             }
             Self::Linear { part, sizes: (n, rows, cols) } => {
                 // A head has more rows than need be measured.
@@ -282,6 +287,13 @@ impl Operation {
             }
         }
     }
+}
+
+/// How many of m rows are measured, and how often that is: a plan must not take the memory of what it plans.
+fn some_rows(m: usize) -> (usize, f64) {
+    const MOST: usize = 2048;
+    let some = m.min(MOST);
+    (some, m as f64 / some.max(1) as f64)
 }
 
 /// A product with a weight (rows, cols), with a low-rank update beside it.

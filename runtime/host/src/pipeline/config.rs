@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use homeroom_abi::describe::nearest;
 use homeroom_engine::data::Columns;
 use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
@@ -18,7 +18,7 @@ use crate::hub::HubName;
 use crate::models::Network;
 use crate::plugin::Policy;
 use crate::registry;
-use crate::toml_problems::{Problems, near};
+use crate::toml_problems::{NotToml, Problems, document, near};
 
 /// Keys of `[pipeline]`, each with what it does.
 pub const PIPELINE_KEYS: [(&str, &str); 4] = [
@@ -170,10 +170,10 @@ impl PipelineConfig {
         let text = read_text(path, SMALL_FILE_BYTES_MAX)?;
         let mut problems = Problems::new(path, &text);
         let base = std::path::absolute(path)?.parent().context("a file has a directory")?.to_owned();
-        let config = match Document::parse(text.as_str()) {
+        let config = match document(&text) {
             Ok(document) => read_document(&document, &text, path, &base, (set, unset), &mut problems),
-            Err(error) => {
-                problems.not_toml(error.span(), error.message());
+            Err(NotToml { span, message }) => {
+                problems.not_toml(span, &message);
                 None
             }
         };
@@ -187,7 +187,7 @@ impl PipelineConfig {
     pub fn declared(path: &Path) -> Result<Vec<Declared>> {
         let text = read_text(path, SMALL_FILE_BYTES_MAX)?;
         let mut problems = Problems::new(path, &text);
-        let document = Document::parse(text.as_str()).with_context(|| path.display().to_string())?;
+        let document = document(&text).map_err(|error| anyhow!("{}: {}", path.display(), error.message))?;
         let params = document.get("pipeline").and_then(|pipeline| pipeline.get("params")).and_then(Item::as_table_like);
         let params = params.into_iter().flat_map(|params| params.iter());
         Ok(params.filter_map(|(name, item)| Some(read_param(name, None, item, &mut problems)?.declared())).collect())

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text, replace_file};
 use mlua::{Lua, Value as LuaValue};
 use serde_json::json;
-use toml_edit::{DocumentMut, Item, Table, TableLike, Value, value};
+use toml_edit::{Item, Table, TableLike, Value, value};
 
 use super::Session;
 use super::model::{ModelSpec, NOT_NAMED};
@@ -17,6 +17,7 @@ use crate::models::not_there;
 use crate::pipeline::errors::{Failure, said};
 use crate::pipeline::places::Place;
 use crate::registry;
+use crate::toml_problems::document;
 
 /// U+FEFF, which some editors put at the beginning of a file.
 const BYTE_ORDER_MARK: char = '\u{feff}';
@@ -109,9 +110,8 @@ fn with_handler(path: &Path, whole: &str, name: &str, model: &str) -> Result<Str
     let place = path.display();
     let text = whole.strip_prefix(BYTE_ORDER_MARK).unwrap_or(whole);
     // Of a text that is not TOML the parser quotes a line, which may hold a key.
-    let parsed = text.parse::<DocumentMut>();
-    let mut document = match (parsed, Config::parse(path, text)) {
-        (Ok(document), _) => document,
+    let mut document = match (document(text), Config::parse(path, text)) {
+        (Ok(document), _) => document.into_mut(),
         (Err(_), Err(problems)) => return Err(problems),
         (Err(_), Ok(_)) => bail!("{place}: cannot be edited"),
     };

@@ -13,6 +13,7 @@ fn main() -> std::process::ExitCode {
 
 /// Has the allocator keep the pages of what is freed, or give those and later ones back after a moment, as it does by itself.
 fn keep_pages(are_kept: bool) {
+    // SAFETY: as mimalloc 3 declares them in `mimalloc.h`; an option is an enumeration, which C passes as an int.
     unsafe extern "C" {
         fn mi_option_get(option: std::ffi::c_int) -> std::ffi::c_long;
         fn mi_option_set(option: std::ffi::c_int, value: std::ffi::c_long);

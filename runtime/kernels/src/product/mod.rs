@@ -25,7 +25,7 @@ use self::cut::{DEPTH, Piece, Task, cut, group};
 use self::pack::{decode_wide, pack};
 use self::scratch::{SCRATCH, Scratch};
 use self::terms::fits;
-use self::turned::{Turned, rows_of_w};
+use self::turned::{Turned, chunks, rows_of_w};
 use crate::buffer::grown;
 #[cfg(target_arch = "x86_64")]
 use crate::int8::stored;
@@ -246,11 +246,17 @@ unsafe fn run<E: ProductElement>(
     let wide = task.width > PANEL;
     let turned = turned.sum(task.columns);
     // SAFETY: of all calls below: A and B are as large as the segments say, and the output is the task's own, or waiting sums.
-    let multiply = |width, segments: &[Segment], store| unsafe {
-        if turned.is_some() {
-            rows_turned::<E>(isa, task.rows.len(), width, segments, store);
-        } else {
-            rows::<E, false>(isa, task.rows.len(), width, segments, store);
+    let multiply = |width, segments: &mut [Segment], group: &[Piece], store: Store<E>| unsafe {
+        if turned.is_none() {
+            return rows::<E, false>(isa, task.rows.len(), width, segments, store);
+        }
+        for chunk in chunks(task.rows.clone()) {
+            let first = chunk.start == task.rows.start;
+            rows_turned::<E>(isa, chunk.len(), width, segments, first, store.at(chunk.start - task.rows.start, 0));
+            for (segment, piece) in segments.iter_mut().zip(group) {
+                let words = columns.terms[piece.term].depth() / E::PER_WORD;
+                segment.b = segment.b.wrapping_add(words * PANEL).wrapping_sub(chunk.start % PANEL);
+            }
         }
     };
     #[cfg(target_arch = "x86_64")]
@@ -297,8 +303,10 @@ unsafe fn run<E: ProductElement>(
                 let word_step = size_of::<u32>();
                 if let Some(packed) = &turned {
                     let (a, row_step) = rows_of_w(term, task.from + from, width, piece.from, depth);
-                    let b = packed(piece.term)[piece.from / E::PER_WORD * PANEL..][..piece.words * PANEL].as_ptr();
-                    let b = b.wrapping_add(task.rows.start);
+                    let words = term.depth() / E::PER_WORD;
+                    let first = task.rows.start / PANEL * words + piece.from / E::PER_WORD;
+                    let b = packed(piece.term)[first * PANEL..][..piece.words * PANEL].as_ptr();
+                    let b = b.wrapping_add(task.rows.start % PANEL);
                     *segment = Segment { a, row_step, word_step, words: piece.words, b };
                     continue;
                 }
@@ -321,7 +329,7 @@ unsafe fn run<E: ProductElement>(
                 };
                 at += piece.words;
             }
-            let segments = &segments[..group.len()];
+            let segments = &mut segments[..group.len()];
             let waiting = sums.wrapping_add(from);
             let gain = gain(from);
             let target = match (first, last) {
@@ -337,13 +345,13 @@ unsafe fn run<E: ProductElement>(
                 (first, true) => {
                     // The sums so far go in before gain, scale, bias and addends do.
                     let all = if first { Store::wide(waiting, step) } else { Store::adding(waiting, step) };
-                    multiply(width, segments, all);
+                    multiply(width, segments, group, all);
                     // SAFETY: `sums` holds m rows of `step`.
                     unsafe { finish(isa, m, width, (waiting, step), gain, target(store, columns, task, from)) };
                     continue;
                 }
             };
-            multiply(width, segments, target);
+            multiply(width, segments, group, target);
         }
     }
 }

@@ -237,17 +237,24 @@ unsafe fn runs_of<'r, const ALONG_ROWS: bool>(
 /// # Safety
 /// As for [`rows`](super::rows) with `width` rows of A and `count` columns of B; the output is `count` x `width`. The processor and the system
 /// as for [`walk`].
-pub(super) unsafe fn walk_turned(count: usize, width: usize, segments: &[Segment], store: Store<bf16>) {
+pub(super) unsafe fn walk_turned(count: usize, width: usize, segments: &[Segment], first: bool, store: Store<bf16>) {
     debug_assert!(count <= PANEL && segments.len() <= SEGMENTS_MAX);
     SCRATCH.with_borrow_mut(|scratch| {
         // SAFETY: passed on to the caller.
-        unsafe { panel_turned(count, width, segments, store, scratch) }
+        unsafe { panel_turned(count, width, segments, first, store, scratch) }
     });
 }
 
 /// # Safety
 /// See [`walk_turned`].
-unsafe fn panel_turned(count: usize, width: usize, segments: &[Segment], store: Store<bf16>, scratch: &mut Scratch) {
+unsafe fn panel_turned(
+    count: usize,
+    width: usize,
+    segments: &[Segment],
+    first: bool,
+    store: Store<bf16>,
+    scratch: &mut Scratch,
+) {
     let Scratch { sums, tails, rows: of_a } = scratch;
     let of_a = grown(of_a, BLOCK);
     let mut parts = [Part::EMPTY; 2 * SEGMENTS_MAX];
@@ -256,10 +263,11 @@ unsafe fn panel_turned(count: usize, width: usize, segments: &[Segment], store: 
     let (turned, straight) = grown(sums, 4 * BLOCK).split_at_mut(2 * BLOCK);
     // SAFETY: the caller's processor and system.
     let mut tiles = unsafe { Tiles::new() };
-    for column in (0..count).step_by(BLOCK) {
-        let rows = BLOCK.min(count - column);
-        for row in (0..width).step_by(BLOCK) {
-            let columns = BLOCK.min(width - row);
+    let passes = count.div_ceil(BLOCK);
+    for row in (0..width).step_by(BLOCK) {
+        let columns = BLOCK.min(width - row);
+        for column in (0..count).step_by(BLOCK) {
+            let rows = BLOCK.min(count - column);
             let out = store.at(column, row);
             let (more, pair) = (columns > SIDE, rows > SIDE);
             // SAFETY: rows of W, columns of x and the output are the caller's; sums are blocks of two lines a row.
@@ -268,7 +276,14 @@ unsafe fn panel_turned(count: usize, width: usize, segments: &[Segment], store: 
                 zero();
                 for part in &parts[..n_parts] {
                     let (a, a_step) = left::<false>(part, row, columns, of_a);
-                    multiply(a, a_step, part.b.add(column), part.steps(), more, pair);
+                    let (b, steps) = (part.b.add(column), part.steps());
+                    if first && more {
+                        // Each pass over a block asks for its share of the next one's rows.
+                        let next = a.wrapping_add((BLOCK + column / passes) * a_step);
+                        multiply_ahead(a, a_step, b, steps, pair, (next, passes == 1));
+                    } else {
+                        multiply(a, a_step, b, steps, more, pair);
+                    }
                 }
                 keep(turned.as_mut_ptr().cast(), BLOCK, more, pair);
                 flip(turned, straight);
@@ -491,6 +506,121 @@ unsafe fn multiply(a: *const u8, a_step: usize, b: *const u32, steps: usize, mor
                 "tileloadd tmm6, [{b}+{b_step}*1]",
                 "tileloadd tmm4, [{a}+{a_step}*1]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
+            ),
+        }
+    }
+}
+
+/// As [`multiply`] for 32 rows of A, and asks for those that come next: from `next` on all 32, or 16. W comes from memory as fast as that
+/// goes only if it is asked for all the time: 16 lines of a register at once are as many as a core waits for.
+///
+/// # Safety
+/// As there. Where the next rows lie there may be nothing.
+#[inline(always)]
+unsafe fn multiply_ahead(
+    a: *const u8,
+    a_step: usize,
+    b: *const u32,
+    steps: usize,
+    pair: bool,
+    (next, all): (*const u8, bool),
+) {
+    let below = a.wrapping_add(SIDE * a_step);
+    // To the second cache: a block of rows is as large as the first.
+    macro_rules! four {
+        () => {
+            "prefetcht1 [{row}]
+            prefetcht1 [{row}+{a_step}]
+            prefetcht1 [{row}+{a_step}*2]
+            prefetcht1 [{row}+{three}]
+            lea {row}, [{row}+{a_step}*4]"
+        };
+    }
+    macro_rules! steps {
+        ($($line:expr),* $(,)?) => {
+            asm!(
+                "2:",
+                "mov {row}, {next}",
+                $($line,)*
+                "add {a}, 64",
+                "add {below}, 64",
+                "add {next}, 64",
+                "add {b}, 4096",
+                "dec {steps}",
+                "jnz 2b",
+                a = inout(reg) a => _,
+                below = inout(reg) below => _,
+                next = inout(reg) next => _,
+                b = inout(reg) b => _,
+                steps = inout(reg) steps => _,
+                row = out(reg) _,
+                a_step = in(reg) a_step,
+                three = in(reg) 3 * a_step,
+                b_step = in(reg) PANEL * size_of::<u32>(),
+                options(nostack, readonly),
+            )
+        };
+    }
+    // SAFETY: as the caller promised; a prefetch of any address is harmless.
+    unsafe {
+        match (pair, all) {
+            (true, true) => steps!(
+                "tileloadd tmm6, [{b}+{b_step}*1]",
+                "tileloadd tmm4, [{a}+{a_step}*1]",
+                four!(),
+                four!(),
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{b}+{b_step}*1+64]",
+                four!(),
+                four!(),
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm5, [{below}+{a_step}*1]",
+                four!(),
+                four!(),
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                four!(),
+                four!(),
+                "tdpbf16ps tmm3, tmm5, tmm7",
+            ),
+            (false, true) => steps!(
+                "tileloadd tmm6, [{b}+{b_step}*1]",
+                "tileloadd tmm4, [{a}+{a_step}*1]",
+                four!(),
+                four!(),
+                four!(),
+                four!(),
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm5, [{below}+{a_step}*1]",
+                four!(),
+                four!(),
+                four!(),
+                four!(),
+                "tdpbf16ps tmm2, tmm5, tmm6",
+            ),
+            (true, false) => steps!(
+                "tileloadd tmm6, [{b}+{b_step}*1]",
+                "tileloadd tmm4, [{a}+{a_step}*1]",
+                four!(),
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{b}+{b_step}*1+64]",
+                four!(),
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm5, [{below}+{a_step}*1]",
+                four!(),
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                four!(),
+                "tdpbf16ps tmm3, tmm5, tmm7",
+            ),
+            (false, false) => steps!(
+                "tileloadd tmm6, [{b}+{b_step}*1]",
+                "tileloadd tmm4, [{a}+{a_step}*1]",
+                four!(),
+                four!(),
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm5, [{below}+{a_step}*1]",
+                four!(),
+                four!(),
+                "tdpbf16ps tmm2, tmm5, tmm6",
             ),
         }
     }

@@ -79,13 +79,13 @@ pub(crate) fn scratch_bytes(isa: Isa) -> usize {
     0
 }
 
-/// Whether a product of `m` rows is taken with its sides exchanged where it can be, see [`rows_turned`]: these need not pack W.
-pub(crate) fn turns<E: TileElement>(isa: Isa, m: usize) -> bool {
-    m <= PANEL && E::turns(isa)
+/// Whether products can be taken with their sides exchanged, see [`rows_turned`]: these need not pack W.
+pub(crate) fn turns<E: TileElement>(isa: Isa) -> bool {
+    E::turns(isa)
 }
 
 /// [`rows`] of at most [`PANEL`] rows, of which `b` of the segments is the packed words, and `a` the rows of W: to the last bit what that
-/// comes to.
+/// comes to. The `first` to read these rows of W asks for those behind them.
 ///
 /// # Safety
 /// As there, with `width` rows of A; [`turns`] says that there are such tiles.
@@ -94,10 +94,11 @@ pub(crate) unsafe fn rows_turned<E: TileElement>(
     rows: usize,
     width: usize,
     segments: &[Segment],
+    first: bool,
     store: Store<E>,
 ) {
     // SAFETY: passed on to the caller.
-    unsafe { E::rows_turned(isa, rows, width, segments, store) }
+    unsafe { E::rows_turned(isa, rows, width, segments, first, store) }
 }
 
 /// Multiply-adds on registers alone: what they sum up to, and the operations of so many steps.
@@ -126,7 +127,14 @@ pub trait TileElement: Element {
     ///
     /// # Safety
     /// See [`rows_turned`].
-    unsafe fn rows_turned(_isa: Isa, _rows: usize, _width: usize, _segments: &[Segment], _store: Store<Self>) {
+    unsafe fn rows_turned(
+        _isa: Isa,
+        _rows: usize,
+        _width: usize,
+        _segments: &[Segment],
+        _first: bool,
+        _store: Store<Self>,
+    ) {
         unreachable!("{} has no tiles with their sides exchanged", std::any::type_name::<Self>())
     }
     /// Rows of the largest tile: parts of an output whose rows are a multiple of them are cut well.
@@ -181,9 +189,9 @@ impl TileElement for bf16 {
     }
 
     #[cfg(target_arch = "x86_64")]
-    unsafe fn rows_turned(_: Isa, rows: usize, width: usize, segments: &[Segment], store: Store<bf16>) {
+    unsafe fn rows_turned(_: Isa, rows: usize, width: usize, segments: &[Segment], first: bool, store: Store<bf16>) {
         // SAFETY: passed on to the caller, who saw that the unit is AMX.
-        unsafe { amx::walk_turned(rows, width, segments, store) }
+        unsafe { amx::walk_turned(rows, width, segments, first, store) }
     }
 
     fn tile_rows(isa: Isa) -> usize {

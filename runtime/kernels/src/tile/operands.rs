@@ -61,7 +61,7 @@ impl<E> Store<E> {
     }
 
     /// The same output, further down and to the right. Null pointers stay null.
-    pub(super) fn at(self, row: usize, column: usize) -> Self {
+    pub(crate) fn at(self, row: usize, column: usize) -> Self {
         let shift = |p: *const f32, n: usize| if p.is_null() { p } else { p.wrapping_add(n) };
         Self {
             bias: shift(self.bias, column),

@@ -67,8 +67,17 @@ impl Drop for Guarded {
 }
 
 /// What tails there are: of rows, of the sum, of columns.
-const ODD: [[usize; 3]; 8] =
-    [[1, 2, 1], [3, 30, 16], [16, 32, 17], [17, 34, 31], [31, 66, 33], [32, 64, 64], [33, 94, 65], [50, 446, 100]];
+const ODD: [[usize; 3]; 9] = [
+    [1, 2, 1],
+    [3, 30, 16],
+    [16, 32, 17],
+    [17, 34, 31],
+    [31, 66, 33],
+    [32, 64, 64],
+    [33, 94, 65],
+    [50, 446, 100],
+    [99, 62, 131],
+];
 
 #[test]
 fn no_product_touches_what_lies_beside_its_operands() {
@@ -127,15 +136,15 @@ fn forward(rows: std::ops::Range<usize>, k: usize, n: usize, [x, w, u, b]: [&[bf
 }
 
 #[test]
-fn one_to_a_hundred_rows_are_those_of_the_whole_to_the_last_bit() {
+fn up_to_two_chunks_of_rows_are_those_of_the_whole_to_the_last_bit() {
     let Some(isa) = with_amx() else { return };
     let mut stream = Stream::new(72, 0);
-    let (m, k, n) = (131, 430, 70);
+    let (m, k, n) = (161, 430, 135);
     let values = [m * k, n * k, m * 10, n * 10].map(|len| narrow::<bf16>(&uniform(len, &mut stream)));
     let [x, w, u, b] = &values;
     let given = [&x[..], &w[..], &u[..], &b[..]];
     let whole = on_any_threads(isa, "the whole", || bits(&forward(0..m, k, n, given)));
-    for count in 1..=100 {
+    for count in 1..=130 {
         let first = count * 7 % (m - count + 1);
         let some = on_threads(isa, 1 + count % 3, || bits(&forward(first..first + count, k, n, given)));
         assert!(some == whole[first * n..(first + count) * n], "{count} rows from {first} on");
@@ -147,7 +156,7 @@ fn one_to_a_hundred_rows_are_those_of_the_whole_to_the_last_bit() {
 fn few_rows_of_long_sums_are_those_of_many() {
     let Some(isa) = with_amx() else { return };
     let mut stream = Stream::new(77, 0);
-    let (m, k, n) = (67, 3360, 37);
+    let (m, k, n) = (149, 3360, 131);
     let [x, w] = [m * k, n * k].map(|len| narrow::<bf16>(&uniform(len, &mut stream)));
     let [bias, before] = [n, m * n].map(|len| uniform(len, &mut stream));
     for (to, scale) in [(0, 1.0), (0, 0.3), (1, 1.0), (1, 0.3), (2, 1.0), (2, 0.3)] {
@@ -166,7 +175,7 @@ fn few_rows_of_long_sums_are_those_of_many() {
             if to == 2 { bits(&pairs) } else { bits(&floats) }
         };
         let whole = on_threads(isa, 2, || sums(0..m));
-        for rows in [0..1, 5..22, 30..67] {
+        for rows in [0..1, 5..22, 30..67, 11..138] {
             assert!(on_threads(isa, 1, || sums(rows.clone())) == whole[rows.start * n..rows.end * n], "{rows:?}");
         }
     }

@@ -209,7 +209,7 @@ def synthetic(args, names: list[str], record: dict, broken: list[str]) -> list[s
         if memory_bound and memory > memory_bound:
             broken.append(f"{name}: 1/{1 / memory:.1f} of {kind}'s memory, wanted 1/{1 / memory_bound:.0f}")
         # Tiles make so much that what lies between products counts for more.
-        share = {"lora-bf16": None if "amx" in a["cpu"] else 0.75, "lora-f32": 0.70}.get(name)
+        share = {"lora-bf16": None if "amx" in mine[0]["cpu"] else 0.75, "lora-f32": 0.70}.get(name)
         if name == "lora-bf16" and a["peak_memory_bytes"] > 0.9e9:
             broken.append(f"{name}: {a['peak_memory_bytes'] / 1e9:.2f} GB, wanted 0.9")
         if share and a["share_of_register_loop"] < share:

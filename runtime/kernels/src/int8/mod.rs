@@ -469,7 +469,7 @@ unsafe fn walk<L: Lanes>(
             let mut b = Segment { words, b, ..Segment::EMPTY };
             if copied {
                 // SAFETY: as above.
-                unsafe { copy_strip(std::slice::from_mut(&mut b), strip, copy) };
+                unsafe { copy_strip(std::slice::from_mut(&mut b), strip, grown(copy, words * strip)) };
             }
             let scales = if scales.is_empty() { std::ptr::null() } else { scales.as_flattened()[column..].as_ptr() };
             let b = Right { words: b.b, step, scales };

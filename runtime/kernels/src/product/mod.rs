@@ -305,8 +305,9 @@ unsafe fn run<E: ProductElement>(
                     let (a, row_step) = rows_of_w(term, task.from + from, width, piece.from, depth);
                     let words = term.depth() / E::PER_WORD;
                     let first = task.rows.start / PANEL * words + piece.from / E::PER_WORD;
-                    let b = packed(piece.term)[first * PANEL..][..piece.words * PANEL].as_ptr();
-                    let b = b.wrapping_add(task.rows.start % PANEL);
+                    let all = packed(piece.term);
+                    assert!(all.len() >= (first + piece.words) * PANEL, "x is packed up to this piece");
+                    let b = all.as_ptr().wrapping_add(first * PANEL + task.rows.start % PANEL);
                     *segment = Segment { a, row_step, word_step, words: piece.words, b };
                     continue;
                 }

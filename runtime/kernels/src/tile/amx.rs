@@ -232,7 +232,7 @@ unsafe fn runs_of<'r, const ALONG_ROWS: bool>(
 
 /// The same for few rows, with the sides exchanged: registers hold C transposed, so that A of the segments is `width` rows of W, which lie as
 /// they are read, and B the packed words of at most [`PANEL`] rows of x. The sums have the bits of [`walk`]: a product is the same from
-/// either side, and steps are those of the same segments.
+/// either side, and steps are those of the same segments. The `first` to read these rows of W asks for those behind them.
 ///
 /// # Safety
 /// As for [`rows`](super::rows) with `width` rows of A and `count` columns of B; the output is `count` x `width`. The processor and the system
@@ -279,7 +279,7 @@ unsafe fn panel_turned(
                     let (b, steps) = (part.b.add(column), part.steps());
                     if first && more {
                         // Each pass over a block asks for its share of the next one's rows.
-                        let next = a.wrapping_add((BLOCK + column / passes) * a_step);
+                        let next = part.a.wrapping_add((row + BLOCK + column / passes) * part.row_step);
                         multiply_ahead(a, a_step, b, steps, pair, (next, passes == 1));
                     } else {
                         multiply(a, a_step, b, steps, more, pair);

@@ -13,6 +13,7 @@ use super::lanes::finish_row;
 use super::neon::Neon;
 use super::operands::{PANEL, SEGMENTS_MAX, Segment, Store};
 use super::{COPIED_FROM, STRIP, copy_strip, finish};
+use crate::buffer::grown;
 use crate::neon::*;
 
 /// Rows of the largest tile, in pairs: 32 registers are 16 sums of 2 x 2, 4 pairs of columns and the words that these come from, and a pair
@@ -39,8 +40,9 @@ pub(super) unsafe fn walk<const ALONG_ROWS: bool>(rows: usize, width: usize, seg
                 *segment = Segment { b: of_panel.b.wrapping_add(column), ..*of_panel };
             }
             if copied {
+                let words: usize = all.iter().map(|segment| segment.words).sum();
                 // SAFETY: a panel has the columns of every strip, some of them beyond `width`.
-                unsafe { copy_strip(all, COLUMNS, copy) };
+                unsafe { copy_strip(all, COLUMNS, grown(copy, words * COLUMNS)) };
             }
             let columns = COLUMNS.min(width - column);
             for row in (0..rows).step_by(ROWS) {

@@ -116,15 +116,20 @@ pub(super) unsafe fn tile<L: Lanes, const ROWS: usize, const VECTORS: usize, con
                     b = b.add(step);
                 }
             } else {
-                let a: [*const u8; ROWS] = std::array::from_fn(|row| segment.a.add(row * segment.row_step));
-                for k in 0..segment.words {
+                // Two places that are not known to belong together, from which a row's address is a sum of two registers: from one the
+                // addresses of six rows are added up anew for every word.
+                let far = black_box(segment.a.wrapping_add(HALF * segment.row_step));
+                let mut halves = [segment.a, far];
+                for _ in 0..segment.words {
                     let words: [L::Word; VECTORS] = std::array::from_fn(|v| L::words(b.add(L::WIDTH * v)));
                     for (row, sums) in sums.iter_mut().enumerate() {
-                        let word = L::broadcast(a[row].cast::<u32>().add(k).read_unaligned());
+                        let a = halves[row / HALF].add(row % HALF * segment.row_step);
+                        let word = L::broadcast(a.cast::<u32>().read_unaligned());
                         for v in 0..VECTORS {
                             sums[v] = L::dot(sums[v], word, words[v]);
                         }
                     }
+                    halves = halves.map(|half| half.wrapping_add(size_of::<u32>()));
                     b = b.add(step);
                 }
             }
@@ -136,6 +141,9 @@ pub(super) unsafe fn tile<L: Lanes, const ROWS: usize, const VECTORS: usize, con
         rows_of!(0 1 2 3 4 5);
     }
 }
+
+/// Rows of which addresses are a sum of two registers.
+const HALF: usize = 3;
 
 /// Stores a row of a tile. # Safety: see [`tile`].
 #[inline(always)]

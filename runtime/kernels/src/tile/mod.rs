@@ -283,6 +283,11 @@ unsafe fn turn<L: Lanes>(steps: usize) -> (f32, usize) {
     (unsafe { L::spin(steps) }, spin_operations::<L>())
 }
 
+/// Strips of a panel at most: those of two vectors of four lanes.
+const STRIPS_MAX: usize = 8;
+/// A block of rows of A, which stays in the second cache while all strips of a panel go over it.
+const A_BYTES: usize = 128 << 10;
+
 /// Tiles of one strip of columns from which on a copy of the strip pays.
 pub(crate) const COPIED_FROM: usize = 4;
 
@@ -291,11 +296,10 @@ pub(crate) const COPIED_FROM: usize = 4;
 ///
 /// # Safety
 /// Each segment has `words * PANEL` words of B readable from its first of these columns on, less the columns before it.
-pub(crate) unsafe fn copy_strip(segments: &mut [Segment], strip: usize, to: &mut Vec<u32>) {
-    let mut rest = grown(to, segments.iter().map(|segment| segment.words * strip).sum());
+pub(crate) unsafe fn copy_strip(segments: &mut [Segment], strip: usize, mut to: &mut [u32]) {
     for segment in segments {
-        let (own, after) = rest.split_at_mut(segment.words * strip);
-        rest = after;
+        let (own, after) = to.split_at_mut(segment.words * strip);
+        to = after;
         for (k, own) in own.chunks_exact_mut(strip).enumerate() {
             // SAFETY: the caller has word k of the strip's columns.
             unsafe { std::ptr::copy_nonoverlapping(segment.b.add(k * PANEL), own.as_mut_ptr(), strip) };
@@ -318,21 +322,36 @@ unsafe fn walk<L: Lanes, const ALONG_ROWS: bool>(
 ) {
     debug_assert!(width <= PANEL && segments.len() <= SEGMENTS_MAX);
     let strip = L::WIDTH * L::VECTORS;
-    let copied = strip < PANEL && rows >= COPIED_FROM * L::ROWS;
-    let step = if copied { strip } else { PANEL };
+    let mut strips = [[Segment::EMPTY; SEGMENTS_MAX]; STRIPS_MAX];
+    for (column, of_strip) in (0..width).step_by(strip).zip(&mut strips) {
+        for (segment, of_panel) in of_strip.iter_mut().zip(segments) {
+            *segment = Segment { b: of_panel.b.wrapping_add(column), ..*of_panel };
+        }
+    }
+    let words: usize = segments.iter().map(|segment| segment.words).sum();
+    let copied = strip < PANEL && words > 0 && rows >= COPIED_FROM * L::ROWS;
+    // All strips go over a block of rows before the next one comes.
+    let (step, block) = match copied {
+        false => (PANEL, rows),
+        true => (strip, (A_BYTES / (words * size_of::<u32>())).max(COPIED_FROM * L::ROWS) / L::ROWS * L::ROWS),
+    };
     STRIP.with_borrow_mut(|copy| {
-        for column in (0..width).step_by(strip) {
-            let mut all = [Segment::EMPTY; SEGMENTS_MAX];
-            let all = &mut all[..segments.len()];
-            for (segment, of_panel) in all.iter_mut().zip(segments) {
-                *segment = Segment { b: of_panel.b.wrapping_add(column), ..*of_panel };
-            }
-            if copied {
+        if copied {
+            let copies = grown(copy, width.div_ceil(strip) * words * strip);
+            for (of_strip, copy) in strips.iter_mut().zip(copies.chunks_exact_mut(words * strip)) {
                 // SAFETY: a panel has the columns of every strip, some of them beyond `width`.
-                unsafe { copy_strip(all, strip, copy) };
+                unsafe { copy_strip(&mut of_strip[..segments.len()], strip, copy) };
             }
-            // SAFETY: the strip lies inside what the caller promised.
-            unsafe { down::<L, ALONG_ROWS>(rows, strip.min(width - column), all, step, store.at(0, column)) };
+        }
+        for row in (0..rows).step_by(block.max(1)) {
+            let rows = block.min(rows - row);
+            for (column, of_strip) in (0..width).step_by(strip).zip(&strips) {
+                let mut here = *of_strip;
+                let here = &mut here[..segments.len()];
+                here.iter_mut().for_each(|segment| segment.a = segment.a.wrapping_add(row * segment.row_step));
+                // SAFETY: the strip lies inside what the caller promised.
+                unsafe { down::<L, ALONG_ROWS>(rows, strip.min(width - column), here, step, store.at(row, column)) };
+            }
         }
     });
 }

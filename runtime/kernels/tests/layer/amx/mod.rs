@@ -138,15 +138,23 @@ fn forward(rows: std::ops::Range<usize>, k: usize, n: usize, [x, w, u, b]: [&[bf
 #[test]
 fn up_to_two_chunks_of_rows_are_those_of_the_whole_to_the_last_bit() {
     let Some(isa) = with_amx() else { return };
-    let mut stream = Stream::new(72, 0);
-    let (m, k, n) = (161, 430, 135);
+    for (n, counts, threads) in [(135, 1..131, None), (260, 96..129, Some(2)), (390, 96..97, Some(3))] {
+        rows_are_those_of_the_whole(isa, n, counts, threads);
+    }
+}
+
+/// With `threads` that leave panels over, these are cut into parts of their rows.
+fn rows_are_those_of_the_whole(isa: Isa, n: usize, counts: std::ops::Range<usize>, threads: Option<usize>) {
+    let mut stream = Stream::new(72, n as u64);
+    let (m, k) = (161, 430);
     let values = [m * k, n * k, m * 10, n * 10].map(|len| narrow::<bf16>(&uniform(len, &mut stream)));
     let [x, w, u, b] = &values;
     let given = [&x[..], &w[..], &u[..], &b[..]];
     let whole = on_any_threads(isa, "the whole", || bits(&forward(0..m, k, n, given)));
-    for count in 1..=130 {
+    for count in counts {
         let first = count * 7 % (m - count + 1);
-        let some = on_threads(isa, 1 + count % 3, || bits(&forward(first..first + count, k, n, given)));
+        let some =
+            on_threads(isa, threads.unwrap_or(1 + count % 3), || bits(&forward(first..first + count, k, n, given)));
         assert!(some == whole[first * n..(first + count) * n], "{count} rows from {first} on");
     }
 }

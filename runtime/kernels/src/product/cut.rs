@@ -8,8 +8,8 @@ use crate::isa::Isa;
 use crate::pool::threads;
 use crate::tile::PANEL;
 
-/// Words of the sum that are packed at once: 416 KiB of panel, which stays in the second-level cache, and enough for two
-/// widths of 1,536 in bf16 with their adapters in one sum.
+/// Words of the sum that are packed at once: 416 KiB of panel, which stays in the second-level cache (with narrow vectors its strips, copied,
+/// are as much again), and enough for two widths of 1,536 in bf16 with their adapters in one sum.
 pub(super) const DEPTH: usize = 1664;
 /// The same in rounds, see [`product`](super::product): what some hundred rows of A have of so many words stays in the second-level cache too.
 const DEPTH_OF_ROUND: usize = 512;

@@ -277,9 +277,9 @@ unsafe fn panel_turned(
                 for part in &parts[..n_parts] {
                     let (a, a_step) = left::<false>(part, row, columns, of_a);
                     let (b, steps) = (part.b.add(column), part.steps());
-                    if first && more {
-                        // Each pass over a block asks for its share of the next one's rows.
-                        let next = part.a.wrapping_add((row + BLOCK + column / passes) * part.row_step);
+                    if first && more && a_step == part.row_step {
+                        // Each pass over a block asks for its share of the next one's rows; a copy of the last words has none.
+                        let next = a.wrapping_add((BLOCK + column / passes) * a_step);
                         multiply_ahead(a, a_step, b, steps, pair, (next, passes == 1));
                     } else {
                         multiply(a, a_step, b, steps, more, pair);

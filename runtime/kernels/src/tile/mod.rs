@@ -309,7 +309,7 @@ pub(crate) unsafe fn copy_strip(segments: &mut [Segment], strip: usize, mut to: 
 }
 
 thread_local! {
-    /// A thread's copy of a strip.
+    /// A thread's copy of a strip, or of all strips of a panel.
     pub(crate) static STRIP: RefCell<Vec<u32>> = RefCell::default();
 }
 
@@ -321,6 +321,7 @@ unsafe fn walk<L: Lanes, const ALONG_ROWS: bool>(
     store: Store<L::Element>,
 ) {
     debug_assert!(width <= PANEL && segments.len() <= SEGMENTS_MAX);
+    const { assert!(PANEL <= STRIPS_MAX * L::WIDTH * L::VECTORS, "a panel has more strips") };
     let strip = L::WIDTH * L::VECTORS;
     let mut strips = [[Segment::EMPTY; SEGMENTS_MAX]; STRIPS_MAX];
     for (column, of_strip) in (0..width).step_by(strip).zip(&mut strips) {

@@ -455,7 +455,8 @@ fn what_is_not_finite_stays_in_its_row_and_column() {
 
 fn outers<E: ProductElement>() {
     let mut stream = Stream::new(47, 0);
-    let sizes = [[1, 1, 1], [5, 3, 64], [31, 5, 65], [130, 8, 200], [7, 13, 3], [1701, 7, 70], [64, 16, 130]];
+    let sizes =
+        [[1, 1, 1], [5, 3, 64], [31, 5, 65], [130, 8, 200], [7, 13, 3], [1701, 7, 70], [1701, 90, 70], [64, 16, 130]];
     for [m, p, n] in sizes {
         for (scale, whole) in [(1.0, true), (-0.3, false)] {
             let mut some = |n| -> Vec<f32> {
